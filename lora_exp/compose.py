@@ -1,0 +1,201 @@
+"""Compose configs as Hydra will, and name everything that is wrong with the overrides at once.
+
+Hydra stops at the first wrong key. Here the wrong ones are set aside one by one until the rest composes, so that the
+values can be checked too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_exp.config import CONF_DIR, check, library_class_of
+from lora_exp.errors import Problem, UserError, count
+from lora_exp.library_fields import library_fields, nearest
+from lora_exp.rules import flatten
+
+
+class Composer:
+    """Composes within a `with` block.
+
+    Args:
+        config_dir: A folder of one's own configs (`--config-dir`), searched beside `conf/`.
+        config_name: The primary config (`--config-name`).
+    """
+
+    def __init__(self, config_dir: Path | None = None, config_name: str | None = None) -> None:
+        self.extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
+        self.config_name = config_name or "config"
+        self.context = initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="lora_exp")
+
+    def __enter__(self) -> Composer:
+        self.context.__enter__()
+        self.loader = GlobalHydra.instance().config_loader()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.context.__exit__(kind, error, trace)
+
+    def jobs(self, overrides: list[str]) -> list[list[str]]:
+        """Return the overrides of every job of a grid; only the fixed ones where a sweeper draws the values."""
+        try:
+            parsed = OverridesParser.create().parse_overrides(overrides)
+        except OverrideParseException:
+            return [overrides]
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        if any(each.is_sweep_override() and not each.is_discrete_sweep() for each in parsed):
+            return [[each.input_line for each in parsed if not each.is_sweep_override()]]
+        batches = BasicSweeper.split_arguments([each for each in parsed if not each.is_hydra_override()], None)
+        return [list(job) for batch in batches for job in batch]
+
+    def compose(self, overrides: list[str], check_values: bool) -> DictConfig:
+        """Return the composed config.
+
+        Raises:
+            UserError: Every override that does not fit and, with `check_values`, every value that is wrong.
+        """
+        try:
+            composed = self._compose(overrides)
+            problems: list[Problem] = []
+        except (HydraException, OmegaConfBaseException) as error:
+            composed, problems = self._without_misfits(overrides, error)
+        if check_values and composed is not None:
+            problems += check(composed)[1]
+        if problems or composed is None:
+            raise UserError(f"the config has {count(len(problems), 'problem')}", problems)
+        return composed
+
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=False)
+        OmegaConf.resolve(composed.copy())
+        return composed
+
+    def _without_misfits(self, overrides: list[str], error: Exception) -> tuple[DictConfig | None, list[Problem]]:
+        """Set aside the overrides that do not fit, and compose the rest."""
+        problems, parsed = [], []
+        for override in overrides:
+            try:
+                parsed += OverridesParser.create().parse_overrides([override])
+            except OverrideParseException as parse_error:
+                what = f"is no override: {str(parse_error).splitlines()[0]}"
+                problems.append(Problem(override, what, "write key=value"))
+        self.defaults = compose(self.config_name, self.extra, return_hydra_config=True)
+        keys = flatten(_container(self.defaults))
+        choices = [each for each in parsed if self._is_choice(each, keys)]
+
+        found = {each.input_line: self._wrong_choice(each) for each in choices}
+        fitting = [line for line, problem in found.items() if problem is None]
+        problems += [problem for problem in found.values() if problem is not None]
+        try:
+            keys = flatten(_container(self._compose(fitting)))
+        except (HydraException, OmegaConfBaseException) as choice_error:
+            return None, [*problems, _problem_of(choice_error)]
+        for each in parsed:
+            if each not in choices:
+                problem = self._misfit(each, keys, fitting)
+                problems += [problem] if problem else []
+                fitting += [] if problem else [each.input_line]
+        try:
+            return self._compose(fitting), problems
+        except (HydraException, OmegaConfBaseException):
+            return None, [*problems, _problem_of(error)]
+
+    def _is_choice(self, override: Override, keys: dict[str, Any]) -> bool:
+        """Whether an override picks an option of a group (or means to) rather than setting a value."""
+        key = override.key_or_group
+        if override.is_hydra_override() or key in self._groups or "/" in key:
+            return True
+        return "." not in key and key not in keys and nearest(key, self._groups) is not None
+
+    @property
+    def _groups(self) -> list[str]:
+        groups: list[str] = self.loader.list_groups("")
+        return groups
+
+    def _wrong_choice(self, choice: Override) -> Problem | None:
+        """Say what is wrong with picking this option of this group, if anything."""
+        group, option = choice.key_or_group, choice.value()
+        if choice.is_hydra_override() or choice.is_delete():
+            return None
+        options = self.loader.get_group_options(group, ObjectType.CONFIG)
+        if not options:
+            near = nearest(group, self._groups)
+            return Problem(group, "there is no such group", f"did you mean {near}={option}?" if near else "")
+        if str(option) not in options and isinstance(option, str | int | float):
+            near = nearest(str(option), options)
+            mend = f"choose {', '.join(options)}" + (f"; did you mean {group}={near}?" if near else "")
+            return Problem(group, f"has no option {option}", mend)
+        if group not in self.defaults.hydra.runtime.choices and not choice.is_add():
+            return Problem(group, "no option of it is chosen by default, so it is added", f"write +{group}={option}")
+        return None
+
+    def _misfit(self, override: Override, keys: dict[str, Any], choices: list[str]) -> Problem | None:
+        """Say why a value has no place in the composed config, or None where it has; its type is checked later."""
+        key = override.key_or_group
+        if override.is_add() or override.is_delete():
+            try:
+                self._compose([*choices, override.input_line])
+            except (HydraException, OmegaConfBaseException) as error:
+                return Problem(key, _first_line(error))
+            return None
+        if key in keys:
+            return None
+        group, _, name = key.partition(".")
+        elsewhere = _options_with(group, name)
+        if elsewhere:
+            what = f"there is no such key here; it belongs to {' and '.join(elsewhere)}"
+            return Problem(key, what, f"add {elsewhere[0]}")
+        return Problem(key, "there is no such key", _suggestion(key, keys))
+
+
+def _suggestion(key: str, keys: dict[str, Any]) -> str:
+    """Name the nearest key: in the same group, in the library class behind it, then anywhere by its last part."""
+    group, _, name = key.rpartition(".")
+    siblings = {each.rpartition(".")[2]: each for each in keys if each.rpartition(".")[0] == group}
+    near = nearest(name, siblings)
+    if near:
+        return f"did you mean {siblings[near]}?"
+    library_class = library_class_of(group, keys)
+    if library_class is not None:
+        fields = library_fields(library_class)
+        near = name if name in fields else nearest(name, fields)
+        if near:
+            return f"{library_class} has {near}; add it with +{group}.{near}=..."
+    leaves = {each.rpartition(".")[2]: each for each in reversed(list(keys))}
+    near = nearest(name, leaves)
+    return f"did you mean {leaves[near]}?" if near else "python -m lora_exp --cfg job prints the keys there are"
+
+
+def _options_with(group: str, name: str) -> list[str]:
+    """Return the options of a group whose file has this key."""
+    files = sorted((CONF_DIR / group).glob("*.yaml")) if name else []
+    return [f"{group}={file.stem}" for file in files if name in (OmegaConf.load(file) or {})]
+
+
+def _container(composed: DictConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.__cause__
+    text = str(cause if isinstance(cause, OmegaConfBaseException) else error)
+    return next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+def _problem_of(error: Exception) -> Problem:
+    return Problem("conf", " ".join(line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -1,0 +1,392 @@
+"""The schema: a typed, frozen section per group, and the rules between their keys.
+
+Hydra composes the YAML files; `validate` turns the result into a `Config` or names everything that is wrong with
+it at once. The sections are pydantic models in strict mode (no "512" for 512) that forbid unknown keys. Imports
+nothing heavy: `--cfg job` and every config error answer before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lora_exp.errors import Problem, UserError, count
+from lora_exp.library_fields import library_fields, nearest
+from lora_exp.rules import Rule, broken_rules, flatten
+
+MISSING = "???"
+CONF_DIR = next(
+    folder
+    for folder in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf")
+    if (folder / "config.yaml").is_file()
+)
+"""`conf/`: beside the package in a clone, inside it in a wheel."""
+
+
+def register_resolvers() -> None:
+    """Register what the YAML files compute with.
+
+    `${half:n}`, `${coalesce:a,b}` (the first that is not null), `${help_page:}` (the text of `--help`).
+    """
+    from lora_exp.help_page import help_page
+
+    OmegaConf.register_new_resolver("half", lambda number: number // 2, replace=True)
+    OmegaConf.register_new_resolver(
+        "coalesce", lambda *values: next((value for value in values if value is not None), None), replace=True
+    )
+    OmegaConf.register_new_resolver("help_page", help_page, replace=True)
+
+
+class Section(BaseModel):
+    """A group's keys. `rules` are the relations that hold between them and other groups' keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    library_class: ClassVar[str | None] = None
+    """Who takes unlisted keys (`+trainer.name=value`), if it knows them."""
+    set_elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Fields of the library class that are not given here, and what is given instead."""
+
+
+class ModelConfig(Section):
+    """conf/model: which weights to start from."""
+
+    pretrained_model_name_or_path: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    adapter: str | None = None
+    fetch: dict[str, str] | None = None
+    embedded: dict[str, Any] | None = None
+
+
+class QuantConfig(Section):
+    """conf/quant: the arguments of transformers.BitsAndBytesConfig, or nothing."""
+
+    model_config = ConfigDict(extra="allow")
+    library_class = "transformers.BitsAndBytesConfig"
+    target: str | None = Field(None, alias="_target_")
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    llm_int8_threshold: float = Field(6.0, ge=0)
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class LoraConfig(Section):
+    """conf/lora: the arguments of peft.LoraConfig."""
+
+    model_config = ConfigDict(extra="allow")
+    library_class = "peft.LoraConfig"
+    target: str = Field("peft.LoraConfig", alias="_target_")
+    r: int = Field(gt=0)
+    lora_alpha: float = Field(gt=0)
+    lora_dropout: float = Field(ge=0, lt=1)
+    target_modules: list[str] | str
+    bias: Literal["none", "all", "lora_only"]
+    use_dora: bool
+    use_rslora: bool
+    init_lora_weights: bool | str
+
+    rules = (
+        Rule(
+            ("lora.init_lora_weights", "quant._target_"),
+            lambda init, quant: isinstance(init, str) and init.startswith("pissa") and quant is not None,
+            "PiSSA writes into the base weights, which cannot be done once they are quantised",
+            "use quant=none, or another lora= option",
+        ),
+    )
+
+
+class DataConfig(Section):
+    """conf/data: where rows come from."""
+
+    splits_dir: str | None = None
+    train_file: str | None = None
+    val_file: str | None = None
+    path: str | None = None
+    name: str | None = None
+    data_files: dict[str, str] | None = None
+    train_split: str | None = None
+    val_split: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    chat_template: Literal["auto"] | bool = "auto"
+
+
+class TrainerConfig(Section):
+    """conf/trainer: fields of transformers.TrainingArguments; others can be added with `+trainer.name=value`."""
+
+    model_config = ConfigDict(extra="allow")
+    library_class = "transformers.TrainingArguments"
+    set_elsewhere = {  # noqa: RUF012
+        "output_dir": "output_dir=...",
+        "seed": "seed=...",
+        "report_to": "tracker=...",
+        "run_name": "tracker.name=...",
+        "resume_from_checkpoint": "resume=<run folder>",
+        "disable_tqdm": "nothing: the bar shows on terminals only",
+    }
+    per_device_train_batch_size: int = Field(gt=0)
+    per_device_eval_batch_size: int = Field(gt=0)
+    gradient_accumulation_steps: int = Field(gt=0)
+    num_train_epochs: float = Field(gt=0)
+    max_steps: int
+    learning_rate: float = Field(ge=0)
+    lr_scheduler_type: str
+    warmup_steps: float = Field(ge=0)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(ge=0)
+    optim: str
+    gradient_checkpointing: bool
+    bf16: bool | Literal["auto"]
+    fp16: bool
+    use_cpu: bool
+    logging_steps: float = Field(gt=0)
+    eval_strategy: Literal["no", "steps", "epoch"]
+    eval_steps: float | None = Field(gt=0)
+    eval_on_start: bool
+    save_strategy: Literal["no", "steps", "epoch", "best"]
+    save_steps: float = Field(gt=0)
+    save_total_limit: int | None = Field(gt=0)
+    load_best_model_at_end: bool
+    metric_for_best_model: str | None
+    greater_is_better: bool | None
+
+    rules = (
+        Rule(
+            ("trainer.bf16", "trainer.fp16"),
+            lambda bf16, fp16: bf16 is True and fp16 is True,
+            "bf16 and fp16 cannot both be on",
+            "keep one: trainer.bf16=false or trainer.fp16=false",
+        ),
+        Rule(
+            ("trainer.max_steps",),
+            lambda steps: steps == 0 or steps < -1,
+            "{0} steps cannot be trained",
+            "give a positive number, or -1 to go by trainer.num_train_epochs",
+        ),
+        Rule(
+            ("trainer.use_cpu", "trainer.fp16"),
+            lambda cpu, fp16: cpu is True and fp16 is True,
+            "fp16 training needs a GPU",
+            "trainer.fp16=false trainer.bf16=auto",
+        ),
+        Rule(
+            ("trainer.eval_strategy", "trainer.eval_steps"),
+            lambda strategy, steps: strategy == "steps" and steps is None,
+            "evaluation by steps without a number of steps",
+            "trainer.eval_steps=50, or trainer.eval_strategy=epoch",
+        ),
+        Rule(
+            ("trainer.load_best_model_at_end", "trainer.eval_strategy"),
+            lambda best, evaluate: best is True and evaluate == "no",
+            "the best model cannot be chosen without evaluation",
+            "trainer.eval_strategy=epoch, or trainer.load_best_model_at_end=false",
+        ),
+        Rule(
+            ("trainer.load_best_model_at_end", "trainer.save_strategy"),
+            lambda best, save: best is True and save == "no",
+            "the best model cannot be loaded if none is saved",
+            "trainer.save_strategy=epoch, or trainer.load_best_model_at_end=false",
+        ),
+        Rule(
+            ("trainer.load_best_model_at_end", "trainer.save_strategy", "trainer.eval_strategy"),
+            lambda best, save, evaluate: (
+                best is True and save in ("steps", "epoch") and evaluate in ("steps", "epoch") and save != evaluate
+            ),
+            "checkpoints are saved by {1} but evaluated by {2}, so the best one would not be on disk",
+            "give trainer.save_strategy and trainer.eval_strategy the same value",
+        ),
+        Rule(
+            (
+                "trainer.save_steps",
+                "trainer.eval_steps",
+                "trainer.load_best_model_at_end",
+                "trainer.save_strategy",
+                "trainer.eval_strategy",
+            ),
+            lambda save, evaluate, best, save_by, evaluate_by: (
+                best is True and save_by == evaluate_by == "steps" and not _is_multiple(save, evaluate)
+            ),
+            "with load_best_model_at_end, save_steps ({0}) must be a multiple of eval_steps ({1})",
+            "make trainer.save_steps a round multiple of trainer.eval_steps",
+        ),
+    )
+
+
+def _is_multiple(save_steps: float, eval_steps: float | None) -> bool:
+    """Whether every save falls on an evaluation; shares of the run (below 1) are compared with shares only."""
+    if eval_steps is None:
+        return True
+    if (save_steps < 1) != (eval_steps < 1):
+        return False
+    return abs(save_steps / eval_steps - round(save_steps / eval_steps)) < 1e-9
+
+
+class SamplesConfig(Section):
+    """Answers to fixed prompts, before and after training."""
+
+    num_prompts: int = Field(ge=0)
+    max_new_tokens: int = Field(gt=0)
+
+
+class Config(Section):
+    """One whole run, as composed. `recipe` and `tracker` are the classes that their YAML files name."""
+
+    recipe: Any
+    model: ModelConfig
+    quant: QuantConfig
+    lora: LoraConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    tracker: Any
+    samples: SamplesConfig
+    seed: int = Field(ge=0)
+    objective: str | None
+    output_dir: str
+    resume: str | None
+
+    rules = (
+        Rule(
+            ("trainer.eval_strategy", "data.val_file", "data.splits_dir", "data.val_split"),
+            lambda strategy, *sources: strategy in ("steps", "epoch") and not any(sources),
+            "evaluation by {0}, but there is no evaluation data",
+            "name some with data.val_file=..., or set trainer.eval_strategy=no",
+        ),
+        Rule(
+            ("trainer.eval_on_start", "data.val_file", "data.splits_dir", "data.val_split"),
+            lambda on_start, *sources: on_start is True and not any(sources),
+            "evaluation at the start, but there is no evaluation data",
+            "name some with data.val_file=..., or set trainer.eval_on_start=false",
+        ),
+    )
+
+
+def validate(composed: DictConfig) -> Config:
+    """Turn a composed config into a `Config`.
+
+    Raises:
+        UserError: Every wrong key, type and option, every value that is missing and every broken rule, together.
+    """
+    config, problems = check(composed)
+    if config is None or problems:
+        raise UserError(f"the config has {count(len(problems), 'problem')}", problems)
+    return config
+
+
+def check(composed: DictConfig) -> tuple[Config | None, list[Problem]]:
+    """Return the typed config, or None and every problem that was found."""
+    raw = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(raw, dict)
+    values = flatten(raw)
+    missing = [key for key, value in values.items() if value == MISSING]
+    problems = [Problem(key, "has no default and was not given", f"add {key}=...") for key in missing]
+
+    sections: dict[str, Any] = {}
+    rules: list[Rule] = list(Config.rules)
+    invalid = set(missing)
+    section_types = {name: field.annotation for name, field in Config.model_fields.items()}
+    for name in ("recipe", "tracker"):
+        section_types[name] = _named_class(raw.get(name), name, problems)
+    for name, section_type in section_types.items():
+        if not (isinstance(section_type, type) and issubclass(section_type, Section)):
+            continue
+        rules += section_type.rules
+        try:
+            sections[name] = section_type.model_validate(raw.get(name))
+        except ValidationError as error:
+            found = _problems_of(error, section_type, name, skip=invalid)
+            problems += found
+            invalid |= {problem.where for problem in found}
+        problems += _unknown_to_library(name, sections.get(name))
+    # A section that is wrong has been reported; an empty one in its place lets the rest of the root be checked.
+    stand_ins = {
+        name: section_type.model_construct()
+        for name, section_type in section_types.items()
+        if isinstance(section_type, type) and issubclass(section_type, Section) and name not in sections
+    }
+    config: Config | None = None
+    try:
+        config = Config.model_validate({**raw, **stand_ins, **sections})
+    except ValidationError as error:
+        found = _problems_of(error, Config, "", skip=invalid)
+        problems += found
+        invalid |= {problem.where for problem in found}
+    problems += broken_rules(rules, values, invalid)
+    return (None if problems else config), problems
+
+
+def _named_class(raw: Any, name: str, problems: list[Problem]) -> type[Section] | None:
+    """Import the class that a group's `_target_` names."""
+    path = raw.get("_target_") if isinstance(raw, Mapping) else None
+    try:
+        module, _, attribute = str(path).rpartition(".")
+        named: type[Section] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        problems.append(Problem(f"{name}._target_", f"{path} is no class that can be imported", f"choose a {name}= option"))
+        return None
+    return named
+
+
+def _problems_of(error: ValidationError, section: type[Section], prefix: str, skip: set[str]) -> list[Problem]:
+    """Translate pydantic's findings into keys, sentences and mends."""
+    problems = []
+    aliases = {field.alias: name for name, field in section.model_fields.items() if field.alias}
+    for item in error.errors():
+        parts = [str(part) for part in item["loc"]]
+        # Members of a union ("bool", "literal['auto']") stand behind the key in the place; a key is enough.
+        key = ".".join([prefix, *parts[:1]]).strip(".")
+        if key in skip or any(problem.where == key for problem in problems):
+            continue
+        known = [name for name in section.model_fields if name not in aliases.values()]
+        if item["type"] == "extra_forbidden":
+            near = nearest(parts[-1], known)
+            problems.append(Problem(key, "there is no such key", f"did you mean {prefix}.{near}?" if near else ""))
+        elif item["type"] == "missing":
+            problems.append(Problem(key, "is not set", f"add {key}=..."))
+        else:
+            problems.append(Problem(key, _sentence(error, item, parts[0] if parts else ""), ""))
+    return problems
+
+
+def _sentence(error: ValidationError, item: Any, field: str) -> str:
+    """Say what was expected, over all members of a union, and what was given."""
+    same = [other for other in error.errors() if other["loc"][:1] == item["loc"][:1]]
+    own = [other["msg"].removeprefix("Value error, ") for other in same if other["type"] == "value_error"]
+    expected = own or [other["msg"].removeprefix("Input should be ").removeprefix("a valid ") for other in same]
+    given = item["input"] if not field or len(item["loc"]) <= 1 else same[0]["input"]
+    return f"should be {' or '.join(dict.fromkeys(expected))}, not {given!r}"
+
+
+def _unknown_to_library(group: str, section: Section | None) -> list[Problem]:
+    """Check keys beyond our own against the fields of the library class behind the group."""
+    extra = (section.model_extra or {}) if section is not None else {}
+    if section is None or not extra:
+        return []
+    assert section.library_class is not None
+    fields = library_fields(section.library_class)
+    problems = []
+    for key in extra:
+        if key in section.set_elsewhere:
+            problems.append(Problem(f"{group}.{key}", "is set elsewhere", f"use {section.set_elsewhere[key]}"))
+        elif key not in fields:
+            near = nearest(key, fields)
+            mend = f"did you mean {group}.{near}?" if near else ""
+            problems.append(Problem(f"{group}.{key}", f"{section.library_class} has no such field", mend))
+    return problems
+
+
+def library_class_of(group: str, values: Mapping[str, Any]) -> str | None:
+    """Return the library class that takes a group's unlisted keys, for `values` as `flatten` gives them."""
+    field = Config.model_fields.get(group)
+    section = field.annotation if field is not None else None
+    if section is Any:
+        section = _named_class(values.get(group), group, [])
+    return getattr(section, "library_class", None)

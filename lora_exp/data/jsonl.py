@@ -1,0 +1,124 @@
+"""JSON Lines files, checked line by line: every bad line is reported at once as `file:line: reason`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from lora_exp.errors import Problem, UserError, count
+
+SHOWN = 20
+"""Bad lines that are named one by one; the rest are counted."""
+
+Row = TypeVar("Row", bound=BaseModel)
+
+
+class JsonlFile(Generic[Row]):
+    """A file of one JSON object a line, each line a `row_type`. Blank lines are skipped.
+
+    Iterating yields the good rows and gathers the bad lines in `problems` (the first `SHOWN` of them) and
+    `bad_lines` (their number).
+    """
+
+    def __init__(self, path: Path, row_type: type[Row]) -> None:
+        self.path = path
+        self.row_type = row_type
+        self.problems: list[Problem] = []
+        self.bad_lines = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        self.problems, self.bad_lines = [], 0
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = self._parse(line, number)
+                if row is not None:
+                    yield row
+
+    def _parse(self, line: bytes, number: int) -> Row | None:
+        try:
+            # utf-8-sig: an editor's byte-order mark before the first line is no part of the JSON.
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            return self._bad(number, f"not UTF-8 (byte {error.start + 1} of the line)")
+        except json.JSONDecodeError as error:
+            return self._bad(number, f"not JSON: {error.msg} (column {error.colno})")
+        if not isinstance(value, dict):
+            return self._bad(number, f"a row must be an object, not {_json_type(value)}")
+        try:
+            return self.row_type.model_validate(value)
+        except ValidationError as error:
+            return self._bad(number, "; ".join(reason(item) for item in error.errors()))
+
+    def _bad(self, number: int, reason: str) -> None:
+        self.bad_lines += 1
+        if len(self.problems) < SHOWN:
+            self.problems.append(Problem(f"{self.path}:{number}", reason))
+
+
+def _json_type(value: object) -> str:
+    names = {str: "a string", list: "a list", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def reason(item: object) -> str:
+    """Say in a few words what a pydantic finding means for the person who wrote the line."""
+    assert isinstance(item, dict)
+    where = ".".join(str(part) for part in item["loc"])
+    special = {
+        "missing": "is missing",
+        "string_too_short": "is empty",
+        "string_type": f"should be a string, not {_json_type(item['input'])}",
+        "model_type": f"should be an object, not {_json_type(item['input'])}",
+        "list_type": f"should be a list, not {_json_type(item['input'])}",
+    }
+    text = special.get(item["type"], item["msg"].removeprefix("Value error, "))
+    return f"{where}: {text}" if where else text
+
+
+def read_all(files: list[JsonlFile[Row]]) -> list[list[Row]]:
+    """Read every file and return its rows.
+
+    Raises:
+        UserError: All bad lines of all files, or the files that are missing or hold no row.
+    """
+    problems = [problem for file in files if (problem := _unreadable(file.path))]
+    if problems:
+        raise UserError("the data cannot be read", problems)
+    rows = [list(file) for file in files]
+    bad_lines = sum(file.bad_lines for file in files)
+    if bad_lines:
+        found = [problem for file in files for problem in file.problems]
+        for file in files:
+            if file.bad_lines > len(file.problems):
+                more = count(file.bad_lines - len(file.problems), "more bad line")
+                found.append(Problem(str(file.path), f"and {more} ({file.bad_lines:,} in all)"))
+        raise UserError(f"{count(bad_lines, 'line')} of the data cannot be used", found)
+    empty = [Problem(str(file.path), "has no rows") for file, found in zip(files, rows, strict=True) if not found]
+    if empty:
+        raise UserError("the data cannot be used", empty)
+    return rows
+
+
+def _unreadable(path: Path) -> Problem | None:
+    """Return why a file cannot be opened for reading, with the likely mend."""
+    try:
+        with path.open("rb"):
+            return None
+    except FileNotFoundError:
+        return Problem(str(path), "there is no such file", _neighbours(path))
+    except OSError as error:
+        return Problem(str(path), f"cannot be read: {error.strerror}")
+
+
+def _neighbours(path: Path) -> str:
+    """Name the JSON Lines files of the folder, or the part of the path that exists."""
+    if not path.parent.is_dir():
+        return f"the folder {path.parent} does not exist"
+    names = sorted(other.name for other in path.parent.glob("*.jsonl"))
+    return f"{path.parent} has {', '.join(names[:8])}" if names else f"{path.parent} has no .jsonl file"

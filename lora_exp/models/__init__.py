@@ -1,0 +1,1 @@
+"""Weights in, a policy with its adapter out."""

@@ -1,0 +1,170 @@
+"""The policy: a base, quantised or not, with the adapter that is trained."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_exp.config import Config, LoraConfig, ModelConfig, QuantConfig
+from lora_exp.errors import Problem, UserError
+from lora_exp.models.precision import Precision
+from lora_exp.models.targets import choose_targets, linear_layers, uses_conv1d
+
+Reference = Literal["adapter off", "start adapter"]
+"""What a reference model is: the base alone, or a frozen copy of the adapter as it was at the start."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A PEFT model and what a run says about it.
+
+    Args:
+        model: The `peft.PeftModel`; its adapter is called `default`.
+        reference: How a recipe that needs a reference gets one without a second base.
+        target_modules: The layers that carry an adapter.
+        trainable_parameters: Numbers that training moves.
+        total_parameters: All of them, the base's counted unquantised.
+        notes: What the user should know of how it came about.
+        initial: The adapter as it was at the start, where it took a part of the base into itself (PiSSA).
+    """
+
+    model: Any
+    reference: Reference
+    target_modules: list[str]
+    trainable_parameters: int
+    total_parameters: int
+    notes: tuple[str, ...] = ()
+    initial: Path | None = None
+
+
+def load_tokenizer(config: ModelConfig, files: str) -> Any:
+    """Load the model's tokenizer; it pads on the right with its pad token, or the end token where it has none."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        files, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_base(config: ModelConfig, quant: QuantConfig, precision: Precision, device: Any, files: str) -> Any:
+    """Load the base weights onto the device, quantised where `quant` says so.
+
+    The model remembers the name in the config, not the folder it was read from, so that the adapter's
+    `base_model_name_or_path` means the same on other machines.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kwargs: dict[str, Any] = {"dtype": config.dtype or precision.dtype}
+    if config.attn_implementation is not None:
+        kwargs["attn_implementation"] = config.attn_implementation
+    if quant.target is not None:
+        kwargs["quantization_config"] = _quantization_config(quant, precision)
+    base = AutoModelForCausalLM.from_pretrained(
+        files,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        device_map={"": device},
+        **kwargs,
+    )
+    base.name_or_path = base.config._name_or_path = config.pretrained_model_name_or_path
+    base.config.use_cache = False
+    return base
+
+
+def _quantization_config(quant: QuantConfig, precision: Precision) -> Any:
+    from hydra.utils import instantiate
+
+    arguments = quant.model_dump(by_alias=True, exclude_unset=True)
+    if "bnb_4bit_compute_dtype" in arguments:
+        arguments["bnb_4bit_compute_dtype"] = quant.bnb_4bit_compute_dtype or precision.dtype
+    return instantiate(arguments)
+
+
+def attach_adapter(base: Any, config: Config, start: Path | None, scratch: Path) -> Policy:
+    """Put a new adapter on the base, or the trained one in `start` (from `adapter_dir`).
+
+    Args:
+        base: From `load_base`.
+        config: The run.
+        start: A trained adapter's folder, or None for a new one.
+        scratch: Where an initial adapter is kept if saving will need it.
+
+    Raises:
+        UserError: If `lora.target_modules` matches no layer.
+    """
+    if start is not None:
+        return _with_trained_adapter(base, config.lora, start)
+    from hydra.utils import instantiate
+    from peft import get_peft_model
+
+    targets = choose_targets(base, config.lora.target_modules)
+    arguments = config.lora.model_dump(by_alias=True, exclude_unset=True) | {"target_modules": targets}
+    covered = [name for name in linear_layers(base) if any(name.endswith(target) for target in targets)]
+    if uses_conv1d(base, covered):
+        arguments["fan_in_fan_out"] = True
+    lora = instantiate(arguments, task_type="CAUSAL_LM", _convert_="all")
+    model = get_peft_model(base, lora)
+    # PiSSA and its like move a part of the base into the adapter: with it off, the base is no longer the model
+    # that one started from, so only the start adapter can be the reference.
+    if not str(config.lora.init_lora_weights).startswith("pissa"):
+        return _policy(model, "adapter off")
+    policy = _policy(model, "start adapter", initial=scratch / "initial_adapter")
+    lora = model.peft_config["default"]
+    # PEFT converts on saving only if the initial adapter does not ask for PiSSA itself.
+    wanted, lora.init_lora_weights = lora.init_lora_weights, True
+    model.save_pretrained(str(policy.initial))
+    lora.init_lora_weights = wanted
+    return policy
+
+
+def _with_trained_adapter(base: Any, lora: LoraConfig, start: Path) -> Policy:
+    from peft import PeftModel
+
+    try:
+        model = PeftModel.from_pretrained(base, start, is_trainable=True)
+    except (RuntimeError, ValueError) as error:
+        problem = Problem("model.adapter", f"{start} does not fit this model: {str(error).splitlines()[0]}")
+        raise UserError("the adapter cannot be loaded", [problem]) from error
+    own = model.peft_config["default"]
+    ignored = [
+        f"lora.{name}={value}"
+        for name, value in (("r", lora.r), ("lora_alpha", lora.lora_alpha), ("use_dora", lora.use_dora))
+        if getattr(own, name) != value
+    ]
+    note = (f"the adapter brings its own shape (r={own.r}); not used: {' '.join(ignored)}",) if ignored else ()
+    return _policy(model, "start adapter", note)
+
+
+def _policy(
+    model: Any, reference: Reference, notes: tuple[str, ...] = (), initial: Path | None = None
+) -> Policy:
+    # Only the trained adapter is written, in checkpoints too: a reference's copy comes from the start again. No
+    # embedding trains, and PEFT would ask the hub about it at every save.
+    model.save_pretrained = partial(
+        model.save_pretrained, selected_adapters=["default"], save_embedding_layers=False
+    )
+    trainable, total = model.get_nb_trainable_parameters()
+    targets = model.peft_config["default"].target_modules
+    targets = [targets] if isinstance(targets, str) else sorted(targets)
+    return Policy(model, reference, targets, trainable, total, notes, initial)
+
+
+def save_adapter(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """Write the adapter (safetensors) and its tokenizer, whole or not at all.
+
+    A PiSSA adapter is written as the plain LoRA (of twice the rank) that does the same to the untouched base.
+    """
+    beside = folder.with_name(f".{folder.name}")
+    convert = {} if policy.initial is None else {"path_initial_model_for_weight_conversion": str(policy.initial)}
+    policy.model.save_pretrained(str(beside), **convert)
+    tokenizer.save_pretrained(str(beside))
+    if folder.exists():
+        shutil.rmtree(folder)
+    beside.rename(folder)

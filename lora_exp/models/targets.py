@@ -1,0 +1,71 @@
+"""Which layers of a model get an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lora_exp.errors import Problem, UserError
+from lora_exp.library_fields import nearest
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Return the full names of the layers that LoRA can adapt: linear ones (quantised too) and GPT-2's Conv1D.
+
+    The head is left out; embeddings are no linear layers.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+
+
+def uses_conv1d(model: Any, names: Sequence[str]) -> bool:
+    """Whether these layers keep their weight as (in, out), which PEFT calls `fan_in_fan_out`."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(model.get_submodule(name), Conv1D) for name in names)
+
+
+def choose_targets(model: Any, wanted: Sequence[str] | str) -> list[str]:
+    """Return the layers to adapt, as the shortest names that mean exactly them where there are such.
+
+    Args:
+        model: A causal language model from transformers.
+        wanted: `auto` for every linear layer but the head; a list of names or endings of names (`q_proj`); or a
+            regular expression that a layer's whole name must match, as in PEFT.
+
+    Raises:
+        UserError: If a name or the expression matches no layer; the message lists the names there are.
+    """
+    layers = linear_layers(model)
+    endings = sorted({name.rpartition(".")[2] for name in layers})
+    if wanted == "auto":
+        head = next((name for name, part in model.named_modules() if part is model.get_output_embeddings()), "")
+        return layers if head.rpartition(".")[2] in endings else endings
+    if isinstance(wanted, str):
+        matched = [name for name in layers if re.fullmatch(wanted, name)]
+        unmatched = [] if matched else [wanted]
+    else:
+        matched = list(wanted)
+        unmatched = [want for want in wanted if not any(_means(want, name) for name in layers)]
+    if unmatched:
+        raise UserError("there is nothing to adapt", [_no_such_layer(want, endings) for want in unmatched])
+    return matched
+
+
+def _means(want: str, name: str) -> bool:
+    """Whether PEFT takes `want` for this layer: its whole name or its last parts."""
+    return name == want or name.endswith(f".{want}")
+
+
+def _no_such_layer(want: str, endings: list[str]) -> Problem:
+    near = nearest(want, endings)
+    mend = f"this model has {', '.join(endings)}" + (f"; did you mean {near}?" if near else "")
+    return Problem("lora.target_modules", f"{want!r} matches no layer", mend)

@@ -1,0 +1,28 @@
+"""Keeps from the terminal what libraries say and a user cannot act on. Warnings that can be acted on stay."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+UNUSABLE_WARNINGS = (
+    r".*MatMul8bitLt: inputs will be cast.*",  # bitsandbytes: how its 8-bit product works
+    r".*'pin_memory' argument is set as true but no accelerator.*",  # torch: a default of its DataLoader
+    r".*`use_cache=True` is incompatible with gradient checkpointing.*",  # transformers turns it off itself
+    r".*`(is_)?gradient_checkpointing` is deprecated.*",  # transformers 5.23: TRL 1.16 uses the old name
+    r".*_check_is_size will be removed in a future PyTorch release.*",  # bitsandbytes calling torch
+)
+CHATTY_LOGGERS = ("bitsandbytes", "accelerate", "datasets", "httpx", "torch.distributed", "peft")
+
+
+def quiet_libraries() -> None:
+    """Set the log levels, warning filters and progress bars of the libraries. Imports none of them."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    for message in UNUSABLE_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

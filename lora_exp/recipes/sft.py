@@ -1,0 +1,66 @@
+"""Supervised fine-tuning: learn the answer to each prompt, with the loss on the answer alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_exp.data.kinds import COMPLETION
+from lora_exp.recipes.base import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lora_exp.models.policy import Policy
+
+IGNORED = -100
+"""The label of a token that carries no loss (torch.nn.CrossEntropyLoss's ignore_index)."""
+
+
+class SFT(Recipe):
+    """TRL's SFTTrainer on prompt and completion."""
+
+    name = "sft"
+    row_kind = COMPLETION
+    needs_reference = False
+    headline = {"loss": "loss", "mean_token_accuracy": "token accuracy"}  # noqa: RUF012
+    library_class = "trl.SFTConfig"
+
+    loss_type: Literal["nll", "dft"]
+
+    def trainer(
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        datasets: dict[str, Dataset],
+        arguments: dict[str, Any],
+        callbacks: list[Any],
+    ) -> Any:
+        """Return an SFTTrainer over rows that are tokenised already."""
+        from trl import SFTConfig
+
+        from lora_exp.recipes.trl import TokenizedSFTTrainer
+
+        args = SFTConfig(**arguments, **self.trl_fields, dataset_kwargs={"skip_prepare_dataset": True})
+        labelled = {split: with_labels(dataset) for split, dataset in datasets.items()}
+        return TokenizedSFTTrainer(
+            model=policy.model,
+            args=args,
+            train_dataset=labelled["train"],
+            eval_dataset=labelled.get("val"),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
+
+def with_labels(dataset: Dataset) -> Dataset:
+    """Join prompt and completion to `input_ids`, with `labels` that ignore the prompt."""
+    from datasets import Dataset as Rows
+
+    prompts, completions = dataset["prompt_ids"], dataset["completion_ids"]
+    pairs = list(zip(prompts, completions, strict=True))
+    return Rows.from_dict(
+        {
+            "input_ids": [prompt + completion for prompt, completion in pairs],
+            "labels": [[IGNORED] * len(prompt) + completion for prompt, completion in pairs],
+        }
+    )

@@ -1,0 +1,55 @@
+"""What this project knows of TRL's private parts. Read in trl 1.16.0, `trl/trainer/{base,sft,dpo}_trainer.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import DPOTrainer, SFTTrainer
+
+
+class _Quiet:
+    """Leaves out what TRL does beside training."""
+
+    def _send_telemetry(self) -> None:
+        """Tell the hub nothing: these subclasses are counted as "other" there, and a run needs no network."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write no model card beside the checkpoints; PEFT writes one into the adapter."""
+
+
+class TokenizedSFTTrainer(_Quiet, SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer over `input_ids` and `labels`."""
+
+
+class TokenizedDPOTrainer(_Quiet, DPOTrainer):  # type: ignore[misc]
+    """DPOTrainer over `prompt_ids`, `chosen_ids`, `rejected_ids`, with the reference that is asked for.
+
+    Args:
+        reference: `adapter off` (the base) or `start adapter` (a frozen copy of the adapter, beside it on the
+            same base). TRL makes such a copy of any `PeftModel` that it is given.
+        kwargs: DPOTrainer's arguments.
+    """
+
+    def __init__(self, *, reference: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if reference == "adapter off":
+            self.model.delete_adapter("ref")
+        else:
+            self._match_reference_dtype()
+
+    def _match_reference_dtype(self) -> None:
+        """Give the copy its original's dtype and freeze it.
+
+        On a quantised base TRL narrows the trained adapter to bf16 after it has copied it, so the two would no
+        longer compute the same, and step 0 would not have a reward of exactly 0.
+        """
+        parameters = dict(self.model.named_parameters())
+        for name, original in parameters.items():
+            if ".default" in name:
+                copy = parameters[name.replace(".default", ".ref")]
+                copy.data = copy.data.to(original.dtype)
+                copy.requires_grad_(False)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """Take the rows as they are: they were tokenised and cut in `lora_exp.data.tokenize`."""
+        return dataset

@@ -1,0 +1,144 @@
+"""The terminal: a header, a table of the data, one progress bar with metrics lines, a closing table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from lora_exp.errors import count
+from lora_exp.reports.results import RunResults
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def header(rows: Iterable[tuple[str, str]]) -> None:
+    """Print what was composed: a name and its choice a line."""
+    console.print()
+    for name, choice in rows:
+        console.print(Text.assemble((f"{name:>9}  ", "bold cyan"), choice))
+
+
+def say(name: str, line: str) -> None:
+    """Print one line under the header's names."""
+    header_line = Text.assemble((f"{name:>9}  ", "bold cyan"), line)
+    console.print(header_line)
+
+
+def note(line: str) -> None:
+    """Print something that the user should know and may act on."""
+    console.print(Text.assemble((f"{'note':>9}  ", "bold yellow"), line))
+
+
+def data_lines(reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what became of each split's rows."""
+    for split, report in reports.items():
+        say(split, _data_line(report))
+
+
+def _data_line(report: Mapping[str, Any]) -> str:
+    parts = [count(report["kept"], "row")]
+    if report["kept"] < report["rows"]:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in report["dropped"].items())
+        parts[0] += f" of {report['rows']:,}"
+        parts.append(f"dropped: {reasons}")
+    if report["cut_prompts"]:
+        parts.append(f"cut: {count(report['cut_prompts'], 'prompt')} ({report['cut_prompt_tokens']:,} tokens)")
+    if report["cut_answers"]:
+        parts.append(f"cut: {count(report['cut_answers'], 'answer')} ({report['cut_answer_tokens']:,} tokens)")
+    if report["prompt_lengths"]:
+        parts.append(f"prompts {_spread(report['prompt_lengths'])}, answers {_spread(report['answer_lengths'])} tokens")
+    return " · ".join(parts)
+
+
+def _spread(lengths: Mapping[str, float]) -> str:
+    return f"{lengths['min']:g}/{lengths['median']:g}/{lengths['max']:g}"
+
+
+class TrainingDisplay:
+    """One progress bar (on a terminal) and a line for every logged step.
+
+    Args:
+        headline: The metrics to show: the name they are logged under, and the name to show.
+    """
+
+    def __init__(self, headline: Mapping[str, str]) -> None:
+        self.headline = headline
+        self.total = 0
+        self.progress: Progress | None = None
+        self.started = time.perf_counter()
+        self.first = 0
+
+    def start(self, total: int, done: int) -> None:
+        """Show the bar of a run with `total` steps, of which a resumed one has done some."""
+        self.total, self.first, self.started = total, done, time.perf_counter()
+        if console.is_terminal:
+            self.progress = Progress(
+                TextColumn(f"{'train':>9} "),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self.progress.add_task("train", total=total, completed=done)
+            self.progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to a step."""
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[0], completed=step)
+
+    def metrics(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Print the metrics line of a logged step: of training, or of an evaluation."""
+        prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
+        shown = [f"{short} {logs[prefix + key]:.4g}" for key, short in self.headline.items() if prefix + key in logs]
+        if not shown:
+            return
+        if not prefix and "learning_rate" in logs:
+            shown.append(f"lr {logs['learning_rate']:.2g}")
+            seconds = (time.perf_counter() - self.started) / max(step - self.first, 1)
+            shown.append(f"{seconds:.2g} s/step" if seconds >= 1 else f"{1 / seconds:.3g} steps/s")
+        say("eval" if prefix else "step", f"{step:>{len(str(self.total))}}/{self.total}  " + "  ".join(shown))
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def result_table(results: RunResults) -> None:
+    """Print the closing table of a run: the numbers that matter, before and after, and where everything lies."""
+    run, final, before = results.run, results.metrics, results.first_evaluation
+    table = Table(title=f"{run['recipe']} {run['status']}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("")
+    for column in ("before", "after") if before else ("",):
+        table.add_column(column, justify="right")
+
+    def row(name: str, last: str, first: str = "") -> None:
+        table.add_row(name, *([first, last] if before else [last]))
+
+    if "train_loss" in final:
+        row("train loss", f"{final['train_loss']:.4g}")
+    for key, short in run["headline"].items():
+        if f"eval_{key}" in final:
+            row(f"eval {short}", f"{final[f'eval_{key}']:.4g}", _number(before.get(f"eval_{key}")))
+    row("trainable parameters", f"{run['trainable_parameters']:,}")
+    row("peak memory", f"{run['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    row("time", f"{sum(run['wall_times'].values()):.1f} s")
+    console.print()
+    console.print(table)
+    for name, path in (("folder", results.folder), ("adapter", results.folder / "adapter")):
+        say(name, str(path))
+    say("report", str(results.folder / "report.html"))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,234 @@
+"""The corridor: one run from its config to its results, in the order in which it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.config import Config, validate
+from lora_exp.data.load import Split, load_splits
+from lora_exp.data.tokenize import SplitReport, tokenize_split, use_chat_template
+from lora_exp.errors import Problem, UserError
+from lora_exp.machine import device_facts, isolated_job, peak_memory_bytes, reset_peak_memory
+from lora_exp.models.source import adapter_dir, model_files
+from lora_exp.quiet import quiet_libraries
+from lora_exp.report import show_result
+from lora_exp.reports import console
+from lora_exp.run_folder import RunFolder
+from lora_exp.tracking.base import Guarded, RunInfo
+from lora_exp.training.checkpoints import checkpoint_to_resume
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lora_exp.models.policy import Policy
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run was started.
+
+    Args:
+        folder: Where its results go.
+        choices: The option taken from each config group, for the header.
+        sweep: The name of the multirun that it is a job of.
+        name: What it is called at a tracker.
+    """
+
+    folder: Path
+    choices: Mapping[str, str] = field(default_factory=dict)
+    sweep: str | None = None
+    name: str = ""
+
+
+def run(composed: DictConfig, launch: Launch) -> float | None:
+    """Train what the config says.
+
+    Returns:
+        The objective, for the sweeper; None where there is no evaluation data.
+
+    Raises:
+        UserError: What the user can mend: config, data, model, folder.
+    """
+    config = validate(composed)
+    quiet_libraries()
+    composed.output_dir = str(launch.folder)
+    folder = RunFolder(launch.folder)
+    resolved = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(resolved, dict)
+    info = RunInfo(folder.path, {str(k): v for k, v in resolved.items()}, launch.name, launch.sweep, config.recipe.name)
+    resumed = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
+    with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed):
+        objective = _run(config, folder, launch, info)
+    show_result(folder.path)
+    return objective
+
+
+def _run(config: Config, folder: RunFolder, launch: Launch, info: RunInfo) -> float | None:
+    checkpoint = checkpoint_to_resume(config.resume)
+    start = adapter_dir(config.model)
+    console.header(_header(config, launch))
+    with folder.stage("data"):
+        splits = load_splits(config.data, config.recipe.row_kind)
+
+    reset_peak_memory()
+    with model_files(config.model) as files:
+        with folder.stage("data"):
+            tokenizer, datasets, reports = _tokenize(config, splits, files)
+            folder.write_json("data_report.json", {split: report.as_dict() for split, report in reports.items()})
+            console.data_lines({split: report.as_dict() for split, report in reports.items()})
+            _require_rows(reports)
+        with folder.stage("model"):
+            device, policy, arguments = _load(config, files, start, folder)
+    folder.note(
+        recipe=config.recipe.name,
+        headline=config.recipe.headline,
+        choices=dict(launch.choices),
+        device=device_facts(device),
+        trainable_parameters=policy.trainable_parameters,
+        target_modules=policy.target_modules,
+        reference=_reference_facts(config, policy, datasets),
+    )
+
+    tracker = Guarded.start(config.tracker, info)
+    console.say("tracker", tracker.failure or tracker.where or "none")
+    succeeded = False
+    try:
+        final = _train(config, folder, policy, tokenizer, splits, datasets, arguments, tracker, checkpoint)
+        objective = _objective(config, final)
+        folder.note(objective=objective, peak_memory_bytes=peak_memory_bytes(device))
+        tracker.summarize({**final, "objective": objective})
+        succeeded = True
+    finally:
+        tracker.finish(succeeded)
+    if tracker.failure:
+        console.note(tracker.failure)
+    return objective
+
+
+def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
+    chosen = launch.choices
+    model = config.model.pretrained_model_name_or_path
+    adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
+    lora = config.lora
+    return [
+        ("recipe", f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}"),
+        ("model", f"{chosen.get('model', '')} ({model}){adapter}".strip()),
+        ("quant", chosen.get("quant", "") or config.quant.target or "none"),
+        ("lora", f"{chosen.get('lora', '')} r={lora.r} alpha={lora.lora_alpha:g} dropout={lora.lora_dropout:g}".strip()),
+        ("folder", str(launch.folder)),
+    ]
+
+
+def _tokenize(
+    config: Config, splits: dict[str, Split], files: str
+) -> tuple[Any, dict[str, Dataset], dict[str, SplitReport]]:
+    from lora_exp.models.policy import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model, files)
+    template = use_chat_template(config.data.chat_template, tokenizer)
+    if template and not tokenizer.chat_template:
+        problem = Problem("data.chat_template", "the tokenizer has no chat template", "data.chat_template=auto")
+        raise UserError("the rows cannot be tokenised", [problem])
+    datasets, reports = {}, {}
+    for split, rows in splits.items():
+        datasets[split], reports[split] = tokenize_split(
+            rows.rows, config.recipe.row_kind.answers, tokenizer, config.recipe.limits, template, rows.source
+        )
+    return tokenizer, datasets, reports
+
+
+def _require_rows(reports: Mapping[str, SplitReport]) -> None:
+    """Stop where a split has nothing left to learn from, or to evaluate on."""
+    problems = [
+        Problem(
+            report.source,
+            f"none of its {report.rows} rows is left: " + ", ".join(f"{n} {why}" for why, n in report.dropped.items()),
+            "raise recipe.max_length, or lower recipe.max_prompt_length",
+        )
+        for report in reports.values()
+        if not report.kept
+    ]
+    if problems:
+        raise UserError("nothing is left to learn from", problems)
+
+
+def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> tuple[Any, Policy, dict[str, Any]]:
+    from transformers import set_seed
+
+    from lora_exp.models.policy import attach_adapter, load_base
+    from lora_exp.models.precision import choose_device, choose_precision
+    from lora_exp.training.arguments import training_arguments
+
+    device = choose_device(config.trainer)
+    precision = choose_precision(config.trainer, device)
+    console.say("precision", f"{precision.dtype}: {precision.reason}")
+    set_seed(config.seed)
+    base = load_base(config.model, config.quant, precision, device, files)
+    policy = attach_adapter(base, config, start, folder.checkpoints)
+    share = policy.trainable_parameters / policy.total_parameters
+    console.say(
+        "adapter",
+        f"{policy.trainable_parameters:,} of {policy.total_parameters:,} parameters train ({share:.2%}), "
+        f"on {' '.join(name.rpartition('.')[2] for name in policy.target_modules[:12])}",
+    )
+    for line in policy.notes:
+        console.note(line)
+    return device, policy, training_arguments(config, precision, folder.checkpoints, device.type == "cpu")
+
+
+def _reference_facts(config: Config, policy: Policy, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
+    if not config.recipe.needs_reference:
+        return {"model": None, "computed": 0, "reused": 0}
+    return {"model": policy.reference, "computed": sum(map(len, datasets.values())), "reused": 0}
+
+
+def _train(
+    config: Config,
+    folder: RunFolder,
+    policy: Policy,
+    tokenizer: Any,
+    splits: dict[str, Split],
+    datasets: dict[str, Dataset],
+    arguments: dict[str, Any],
+    tracker: Guarded,
+    checkpoint: Path | None,
+) -> dict[str, float]:
+    """Train, evaluate and save; return the final numbers."""
+    from lora_exp.models.policy import save_adapter
+    from lora_exp.training.loop import evaluate, make_trainer, train
+    from lora_exp.training.samples import answer, fixed_prompts
+
+    answer_column = config.recipe.row_kind.answers[0]
+    prompts = fixed_prompts(splits, datasets, answer_column, config.samples.num_prompts)
+    length = config.samples.max_new_tokens
+    with folder.stage("evaluate"):
+        before = answer(policy.model, tokenizer, prompts, length)
+    trainer = make_trainer(config, folder, policy, tokenizer, datasets, arguments, tracker)
+    with folder.stage("train"):
+        final = train(trainer, checkpoint)
+    with folder.stage("evaluate"):
+        final |= evaluate(trainer, "val" in datasets)
+        after = answer(policy.model, tokenizer, prompts, length)
+    with folder.stage("save"):
+        save_adapter(policy, tokenizer, folder.adapter)
+        folder.write_json("metrics.json", final)
+        answers = zip(prompts, before, after, strict=True)
+        folder.write_jsonl(
+            "samples.jsonl",
+            [{"prompt": p.text, "expected": p.expected, "before": b, "after": a} for p, b, a in answers],
+        )
+    folder.note(best_checkpoint=trainer.state.best_model_checkpoint, best_metric=trainer.state.best_metric)
+    return final
+
+
+def _objective(config: Config, final: Mapping[str, float]) -> float | None:
+    name = config.objective or config.recipe.objective
+    if name not in final:
+        console.note(f"no objective: {name} is not among the final metrics ({', '.join(sorted(final))})")
+        return None
+    return final[name]

@@ -1,0 +1,178 @@
+"""The run folder: every result of one run, each file whole or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_exp.errors import Problem, UserError
+
+Status = Literal["running", "finished", "failed", "pruned"]
+PACKAGES = ("lora_exp", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "hydra-core")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill at any moment, sees the old text or the new, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def to_json(value: Any, indent: int | None = 2) -> str:
+    """Return JSON that every parser reads: NaN and infinity become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return the commit of the working folder's repository and whether files differ from it."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)  # noqa: S603
+        changes = subprocess.run(  # noqa: S603
+            ["git", "status", "--porcelain"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+
+
+class RunFolder:
+    """One run's folder and its `run.json`.
+
+    Use as a context: the status is `running` inside, `finished` after, and `failed`, with the error, where the
+    block raises.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.facts: dict[str, Any] = {}
+        self.wall_times: dict[str, float] = {}
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where Trainer keeps what a resume needs."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Where the trained adapter goes."""
+        return self.path / "adapter"
+
+    @contextmanager
+    def open(self, config: str, resumed: bool) -> Iterator[RunFolder]:
+        """Claim the folder for a run.
+
+        Args:
+            config: The resolved config as YAML.
+            resumed: Whether the run goes on in a folder that holds one.
+
+        Raises:
+            UserError: If the folder holds another run, or cannot be written.
+        """
+        self._claim(resumed)
+        write_whole(self.path / "config.yaml", config)
+        self.note(
+            status="running", objective=None, error=None, versions=versions(), git=git_state(), started=_now()
+        )
+        try:
+            yield self
+        except BaseException as error:
+            self.note(status="failed", error=f"{type(error).__name__}: {error}", ended=_now())
+            raise
+        self.note(status="finished", ended=_now())
+
+    def note(self, **facts: Any) -> None:
+        """Put facts into `run.json`."""
+        self.facts |= facts
+        self.write_json("run.json", {**self.facts, "wall_times": self.wall_times})
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of the folder."""
+        write_whole(self.path / name, to_json(value) + "\n")
+
+    def write_jsonl(self, name: str, rows: list[Any]) -> None:
+        """Write a JSON Lines file of the folder."""
+        write_whole(self.path / name, "".join(to_json(row, indent=None) + "\n" for row in rows))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a part of the run into `wall_times`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wall_times[name] = round(self.wall_times.get(name, 0.0) + time.perf_counter() - start, 3)
+
+    def _claim(self, resumed: bool) -> None:
+        run_json = self.path / "run.json"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not resumed and run_json.exists() and not holds_run(self.path):
+                run_json.unlink()
+            with run_json.open("r" if resumed else "x"):
+                pass
+        except FileExistsError:
+            raise UserError("the run cannot start", [taken(self.path)]) from None
+        except OSError as error:
+            problem = Problem(str(run_json), f"cannot be opened: {error.strerror}", "choose another output_dir=...")
+            raise UserError("the run cannot start", [problem]) from error
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a folder holds a run that would be lost: any but one that failed before its first logged step."""
+    run_json = path / "run.json"
+    if not run_json.exists():
+        return False
+    if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
+        return True
+    try:
+        return json.loads(run_json.read_text(encoding="utf-8")).get("status") != "failed"
+    except json.JSONDecodeError:
+        return True
+
+
+def taken(path: Path) -> Problem:
+    """Return the problem of a folder that already holds a run."""
+    return Problem("output_dir", f"{path} holds a run already", f"choose another folder, or go on with resume={path}")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

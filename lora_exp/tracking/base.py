@@ -1,0 +1,113 @@
+"""What every tracker has in common, and the promise that none of them ends a run."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from lora_exp.config import Section
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a tracker is told of a run.
+
+    Args:
+        folder: The run folder.
+        config: The resolved config.
+        name: The run's name.
+        group: The sweep that it belongs to, if any.
+        job_type: The recipe's name.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    name: str
+    group: str | None
+    job_type: str
+
+
+class ActiveRun(ABC):
+    """A run that is open at a tracker."""
+
+    where: str = ""
+    """A line that says where the run can be seen, for the terminal."""
+
+    @abstractmethod
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers of one step."""
+
+    @abstractmethod
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Record the final numbers."""
+
+    @abstractmethod
+    def finish(self, succeeded: bool) -> None:
+        """Close the run, as failed where it failed."""
+
+
+class Tracker(Section):
+    """The keys that trackers share."""
+
+    label: ClassVar[str]
+    target: str = Field(alias="_target_")
+    project: str
+    name: str | None
+    group: str | None
+    tags: list[str]
+
+    def start(self, info: RunInfo) -> ActiveRun:
+        """Open a run."""
+        raise NotImplementedError
+
+
+@dataclass
+class Guarded(ActiveRun):
+    """Hands calls on to a run until one fails; then says so once and goes on without."""
+
+    run: ActiveRun | None
+    label: str
+    failure: str | None = field(default=None)
+
+    @classmethod
+    def start(cls, tracker: Tracker, info: RunInfo) -> Guarded:
+        """Open a run at `tracker`, or none where that fails."""
+        guarded = cls(None, tracker.label)
+
+        def open_run() -> None:
+            guarded.run = tracker.start(info)
+            guarded.where = guarded.run.where
+
+        guarded._attempt(open_run)
+        return guarded
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers of one step, if the tracker still works."""
+        if self.run is not None:
+            self._attempt(self.run.log, metrics, step)
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Record the final numbers, if the tracker still works."""
+        if self.run is not None:
+            self._attempt(self.run.summarize, summary)
+
+    def finish(self, succeeded: bool) -> None:
+        """Close the run, if the tracker still works."""
+        if self.run is not None:
+            self._attempt(self.run.finish, succeeded)
+
+    def _attempt(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the training goes on
+            self.run = None
+            self.failure = f"{self.label} failed and is left out from here on: {error}"
+            log.warning(self.failure)

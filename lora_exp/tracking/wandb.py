@@ -1,0 +1,95 @@
+"""Weights & Biases: online for who is logged in, otherwise offline in the run folder, for `wandb sync`."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from lora_exp.tracking.base import ActiveRun, RunInfo, Tracker
+
+
+class WandbRun(ActiveRun):
+    """One `wandb.Run`."""
+
+    def __init__(self, run: Any, where: str) -> None:
+        self.run = run
+        self.where = where
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers under their section: `train/loss`, `eval/loss`; W&B's own step is left to W&B."""
+        sections = {f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value for key, value in metrics.items()}
+        self.run.log({**sections, "train/global_step": step})
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Write to the run's summary."""
+        self.run.summary.update(dict(summary))
+
+    def finish(self, succeeded: bool) -> None:
+        """Close the run; a failed one shows as failed."""
+        self.run.finish(exit_code=0 if succeeded else 1)
+
+
+class Wandb(Tracker):
+    """conf/tracker/wandb.yaml."""
+
+    label = "wandb"
+    mode: Literal["online", "offline", "disabled"] | None
+    entity: str | None
+    notes: str | None
+
+    def start(self, info: RunInfo) -> ActiveRun:
+        """Open a run of its own, whatever other run this process has had; offline where online fails."""
+        import wandb
+
+        mode, why = self._mode()
+        try:
+            run = self._open(wandb, info, mode)
+        except wandb.Error as error:
+            if mode != "online":
+                raise
+            mode, why = "offline", f"the server did not answer: {str(error).splitlines()[0]}"
+            run = self._open(wandb, info, mode)
+        run.define_metric("train/global_step")
+        run.define_metric("*", step_metric="train/global_step")
+        if mode == "online":
+            return WandbRun(run, f"wandb online: {run.url}")
+        return WandbRun(run, f"wandb {mode} ({why}); later: wandb sync {info.folder}/wandb/offline-run-*")
+
+    def _open(self, wandb: Any, info: RunInfo, mode: str) -> Any:
+        settings = wandb.Settings(silent=True, console="off", init_timeout=30, disable_git=True)
+        return wandb.init(
+            project=self.project,
+            entity=self.entity,
+            name=self.name or info.name,
+            group=self.group or info.group,
+            job_type=info.job_type,
+            tags=self.tags,
+            notes=self.notes,
+            config=dict(info.config),
+            dir=str(info.folder),
+            mode=mode,
+            reinit="create_new",
+            settings=settings,
+        )
+
+    def _mode(self) -> tuple[str, str]:
+        """Return the mode and the reason for it."""
+        if self.mode is not None:
+            return self.mode, f"tracker.mode={self.mode}"
+        if from_environment := os.environ.get("WANDB_MODE"):
+            return from_environment, f"WANDB_MODE={from_environment}"
+        return ("online", "logged in") if _logged_in() else ("offline", "not logged in")
+
+
+def _logged_in() -> bool:
+    """Whether W&B would find a key without asking: in the environment or in netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host is not None and netrc.netrc().authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,33 @@
+"""The trainer section as the arguments of transformers.TrainingArguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_exp.config import Config
+from lora_exp.models.precision import Precision
+
+
+def training_arguments(config: Config, precision: Precision, checkpoints: Path, on_cpu: bool) -> dict[str, Any]:
+    """Return keyword arguments for a TrainingArguments or a TRL config.
+
+    Logging, tracking and the progress bar are ours (see `lora_exp.training.callbacks`), so the library's are off.
+
+    Args:
+        config: The run.
+        precision: What `bf16` and `fp16` came to.
+        checkpoints: The folder of checkpoints.
+        on_cpu: Whether the processor trains: Trainer wants to be told so before it lets bf16 through.
+    """
+    return {
+        "dataloader_pin_memory": not on_cpu,
+        **config.trainer.model_dump(),
+        "use_cpu": on_cpu,
+        "bf16": precision.bf16,
+        "fp16": precision.fp16,
+        "seed": config.seed,
+        "output_dir": str(checkpoints),
+        "report_to": "none",
+        "disable_tqdm": True,
+    }

@@ -1,0 +1,65 @@
+"""Build the trainer, train, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_exp.config import Config
+from lora_exp.errors import Problem, UserError
+from lora_exp.reports.console import TrainingDisplay
+from lora_exp.run_folder import RunFolder
+from lora_exp.tracking.base import ActiveRun
+from lora_exp.training.callbacks import Display, MetricsFile, TrackerFeed
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lora_exp.models.policy import Policy
+
+
+def make_trainer(
+    config: Config,
+    folder: RunFolder,
+    policy: Policy,
+    tokenizer: Any,
+    datasets: dict[str, Dataset],
+    arguments: dict[str, Any],
+    tracker: ActiveRun,
+) -> Any:
+    """Return the recipe's trainer with our callbacks in place of the library's printing.
+
+    Raises:
+        UserError: If transformers or TRL refuse a value that we hand through.
+    """
+    from transformers import PrinterCallback
+
+    callbacks = [
+        MetricsFile(folder.path / "metrics.jsonl"),
+        TrackerFeed(tracker),
+        Display(TrainingDisplay(config.recipe.headline)),
+    ]
+    try:
+        trainer = config.recipe.trainer(policy, tokenizer, datasets, arguments, callbacks)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        problem = Problem("trainer or recipe", str(error))
+        raise UserError(f"{config.recipe.library_class} refuses the config", [problem]) from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(trainer: Any, checkpoint: Path | None) -> dict[str, float]:
+    """Train, from a checkpoint where one is given, and return Trainer's summary."""
+    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return dict(output.metrics)
+
+
+def evaluate(trainer: Any, has_eval_data: bool) -> dict[str, float]:
+    """Return the evaluation metrics of the model as it is now, without computing them twice."""
+    if not has_eval_data:
+        return {}
+    last = next((logs for logs in reversed(trainer.state.log_history) if "eval_loss" in logs), None)
+    current = last is not None and last["step"] == trainer.state.global_step
+    if current and not trainer.args.load_best_model_at_end:
+        return {name: value for name, value in last.items() if name.startswith("eval_")}
+    return dict(trainer.evaluate())
