@@ -83,10 +83,11 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     saved = Path(folder) / ".hydra" / "overrides.yaml"
     if not saved.is_file():
         what = f"{folder} holds no run" if Path(folder).is_dir() else f"there is no folder {folder}"
-        raise UserError("the run cannot be resumed", [Problem("resume", what, "name the folder of a run, as in outputs/")])
+        raise UserError(
+            "the run cannot be resumed", [Problem("resume", what, "name the folder of a run, as in outputs/")]
+        )
     earlier = [str(override) for override in OmegaConf.load(saved)]
-    kept = [override for override in earlier if _key(override) not in {*given, "output_dir", "resume"}]
-    return kept
+    return [override for override in earlier if _key(override) not in {*given, "output_dir", "resume"}]
 
 
 def _key(override: str) -> str:

@@ -57,7 +57,7 @@ class Composer:
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         if any(each.is_sweep_override() and not each.is_discrete_sweep() for each in parsed):
-            return [[each.input_line for each in parsed if not each.is_sweep_override()]]
+            return [[str(each.input_line) for each in parsed if not each.is_sweep_override()]]
         batches = BasicSweeper.split_arguments([each for each in parsed if not each.is_hydra_override()], None)
         return [list(job) for batch in batches for job in batch]
 
@@ -68,7 +68,7 @@ class Composer:
             UserError: Every override that does not fit and, with `check_values`, every value that is wrong.
         """
         try:
-            composed = self._compose(overrides)
+            composed: DictConfig | None = self._compose(overrides)
             problems: list[Problem] = []
         except (HydraException, OmegaConfBaseException) as error:
             composed, problems = self._without_misfits(overrides, error)
@@ -96,7 +96,7 @@ class Composer:
         keys = flatten(_container(self.defaults))
         choices = [each for each in parsed if self._is_choice(each, keys)]
 
-        found = {each.input_line: self._wrong_choice(each) for each in choices}
+        found = {str(each.input_line): self._wrong_choice(each) for each in choices}
         fitting = [line for line, problem in found.items() if problem is None]
         problems += [problem for problem in found.values() if problem is not None]
         try:
@@ -107,7 +107,7 @@ class Composer:
             if each not in choices:
                 problem = self._misfit(each, keys, fitting)
                 problems += [problem] if problem else []
-                fitting += [] if problem else [each.input_line]
+                fitting += [] if problem else [str(each.input_line)]
         try:
             return self._compose(fitting), problems
         except (HydraException, OmegaConfBaseException):
@@ -147,7 +147,7 @@ class Composer:
         key = override.key_or_group
         if override.is_add() or override.is_delete():
             try:
-                self._compose([*choices, override.input_line])
+                self._compose([*choices, str(override.input_line)])
             except (HydraException, OmegaConfBaseException) as error:
                 return Problem(key, _first_line(error))
             return None

@@ -125,7 +125,7 @@ class TrainerConfig(Section):
 
     model_config = ConfigDict(extra="allow")
     library_class = "transformers.TrainingArguments"
-    set_elsewhere = {  # noqa: RUF012
+    set_elsewhere = {
         "output_dir": "output_dir=...",
         "seed": "seed=...",
         "report_to": "tracker=...",
@@ -285,7 +285,7 @@ def check(composed: DictConfig) -> tuple[Config | None, list[Problem]]:
     """Return the typed config, or None and every problem that was found."""
     raw = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(raw, dict)
-    values = flatten(raw)
+    values = flatten({str(key): value for key, value in raw.items()})
     missing = [key for key, value in values.items() if value == MISSING]
     problems = [Problem(key, "has no default and was not given", f"add {key}=...") for key in missing]
 
@@ -330,14 +330,16 @@ def _named_class(raw: Any, name: str, problems: list[Problem]) -> type[Section] 
         module, _, attribute = str(path).rpartition(".")
         named: type[Section] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
-        problems.append(Problem(f"{name}._target_", f"{path} is no class that can be imported", f"choose a {name}= option"))
+        problems.append(
+            Problem(f"{name}._target_", f"{path} is no class that can be imported", f"choose a {name}= option")
+        )
         return None
     return named
 
 
 def _problems_of(error: ValidationError, section: type[Section], prefix: str, skip: set[str]) -> list[Problem]:
     """Translate pydantic's findings into keys, sentences and mends."""
-    problems = []
+    problems: list[Problem] = []
     aliases = {field.alias: name for name, field in section.model_fields.items() if field.alias}
     for item in error.errors():
         parts = [str(part) for part in item["loc"]]
@@ -372,7 +374,7 @@ def _unknown_to_library(group: str, section: Section | None) -> list[Problem]:
         return []
     assert section.library_class is not None
     fields = library_fields(section.library_class)
-    problems = []
+    problems: list[Problem] = []
     for key in extra:
         if key in section.set_elsewhere:
             problems.append(Problem(f"{group}.{key}", "is set elsewhere", f"use {section.set_elsewhere[key]}"))

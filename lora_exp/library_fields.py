@@ -34,9 +34,7 @@ def library_fields(public_name: str) -> frozenset[str]:
     assert spec.origin is not None
     tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    fields = {
-        node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
+    fields = {node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
     init = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
     if init is not None:
         fields |= {argument.arg for argument in [*init.args.args, *init.args.kwonlyargs]} - {"self"}

@@ -116,10 +116,16 @@ def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
     adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
     lora = config.lora
     return [
-        ("recipe", f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}"),
+        (
+            "recipe",
+            f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}",
+        ),
         ("model", f"{chosen.get('model', '')} ({model}){adapter}".strip()),
         ("quant", chosen.get("quant", "") or config.quant.target or "none"),
-        ("lora", f"{chosen.get('lora', '')} r={lora.r} alpha={lora.lora_alpha:g} dropout={lora.lora_dropout:g}".strip()),
+        (
+            "lora",
+            f"{chosen.get('lora', '')} r={lora.r} alpha={lora.lora_alpha:g} dropout={lora.lora_dropout:g}".strip(),
+        ),
         ("folder", str(launch.folder)),
     ]
 

@@ -18,7 +18,17 @@ from typing import Any, Literal
 from lora_exp.errors import Problem, UserError
 
 Status = Literal["running", "finished", "failed", "pruned"]
-PACKAGES = ("lora_exp", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "hydra-core")
+PACKAGES = (
+    "lora_exp",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "hydra-core",
+)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -62,7 +72,7 @@ def git_state() -> dict[str, Any] | None:
     command = ["git", "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)  # noqa: S603
-        changes = subprocess.run(  # noqa: S603
+        changes = subprocess.run(
             ["git", "status", "--porcelain"],  # noqa: S607
             capture_output=True,
             text=True,
@@ -109,9 +119,7 @@ class RunFolder:
         """
         self._claim(resumed)
         write_whole(self.path / "config.yaml", config)
-        self.note(
-            status="running", objective=None, error=None, versions=versions(), git=git_state(), started=_now()
-        )
+        self.note(status="running", objective=None, error=None, versions=versions(), git=git_state(), started=_now())
         try:
             yield self
         except BaseException as error:
@@ -164,7 +172,7 @@ def holds_run(path: Path) -> bool:
     if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
         return True
     try:
-        return json.loads(run_json.read_text(encoding="utf-8")).get("status") != "failed"
+        return bool(json.loads(run_json.read_text(encoding="utf-8")).get("status") != "failed")
     except json.JSONDecodeError:
         return True
 

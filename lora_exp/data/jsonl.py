@@ -42,23 +42,35 @@ class JsonlFile(Generic[Row]):
 
     def _parse(self, line: bytes, number: int) -> Row | None:
         try:
-            # utf-8-sig: an editor's byte-order mark before the first line is no part of the JSON.
-            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            return self._bad(number, f"not UTF-8 (byte {error.start + 1} of the line)")
-        except json.JSONDecodeError as error:
-            return self._bad(number, f"not JSON: {error.msg} (column {error.colno})")
-        if not isinstance(value, dict):
-            return self._bad(number, f"a row must be an object, not {_json_type(value)}")
-        try:
-            return self.row_type.model_validate(value)
+            return self.row_type.model_validate(_object(line, number))
         except ValidationError as error:
-            return self._bad(number, "; ".join(reason(item) for item in error.errors()))
+            self._bad(number, "; ".join(reason(item) for item in error.errors()))
+        except ValueError as error:
+            self._bad(number, str(error))
+        return None
 
     def _bad(self, number: int, reason: str) -> None:
         self.bad_lines += 1
         if len(self.problems) < SHOWN:
             self.problems.append(Problem(f"{self.path}:{number}", reason))
+
+
+def _object(line: bytes, number: int) -> dict[str, object]:
+    """Return the object on a line.
+
+    Raises:
+        ValueError: If it is none; the message says why.
+    """
+    try:
+        # utf-8-sig: an editor's byte-order mark before the first line is no part of the JSON.
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a row must be an object, not {_json_type(value)}")
+    return value
 
 
 def _json_type(value: object) -> str:

@@ -28,6 +28,4 @@ class RowKind:
 
 
 COMPLETION = RowKind(DataRecord, CompletionRow, "train.jsonl", "val.jsonl", ("completion",))
-PREFERENCE = RowKind(
-    PreferenceRow, PreferenceRow, "train.dpo.jsonl", "val.dpo.jsonl", ("chosen", "rejected")
-)
+PREFERENCE = RowKind(PreferenceRow, PreferenceRow, "train.dpo.jsonl", "val.dpo.jsonl", ("chosen", "rejected"))

@@ -142,14 +142,10 @@ def _with_trained_adapter(base: Any, lora: LoraConfig, start: Path) -> Policy:
     return _policy(model, "start adapter", note)
 
 
-def _policy(
-    model: Any, reference: Reference, notes: tuple[str, ...] = (), initial: Path | None = None
-) -> Policy:
+def _policy(model: Any, reference: Reference, notes: tuple[str, ...] = (), initial: Path | None = None) -> Policy:
     # Only the trained adapter is written, in checkpoints too: a reference's copy comes from the start again. No
     # embedding trains, and PEFT would ask the hub about it at every save.
-    model.save_pretrained = partial(
-        model.save_pretrained, selected_adapters=["default"], save_embedding_layers=False
-    )
+    model.save_pretrained = partial(model.save_pretrained, selected_adapters=["default"], save_embedding_layers=False)
     trainable, total = model.get_nb_trainable_parameters()
     targets = model.peft_config["default"].target_modules
     targets = [targets] if isinstance(targets, str) else sorted(targets)

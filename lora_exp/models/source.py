@@ -67,14 +67,25 @@ def locate(config: ModelConfig) -> str:
 def _ask_hub(config: ModelConfig) -> None:
     """Fetch the model's config.json from the hub or its cache, the smallest sign that the rest can be had."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name = config.pretrained_model_name_or_path
     try:
         hf_hub_download(name, "config.json", revision=config.revision, etag_timeout=HUB_TIMEOUT_S)
     except GatedRepoError as error:
-        raise _not_found(config, f"{name} asks for its licence to be accepted", "accept it on the hub, then `hf auth login`") from error
+        raise _not_found(
+            config,
+            f"{name} asks for its licence to be accepted",
+            "accept it on the hub, then `hf auth login`",
+        ) from error
     except RevisionNotFoundError as error:
         raise _not_found(config, f"{name} has no revision {config.revision}", "model.revision=main") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -107,6 +118,10 @@ def adapter_dir(config: ModelConfig) -> Path | None:
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     name = config.pretrained_model_name_or_path
     if base not in (None, "", name) and Path(str(base)).name != Path(name).name:
-        problem = Problem("model.adapter", f"{folder} was trained on {base}, but this run loads {name}", f"choose the model= option of {base}")
+        problem = Problem(
+            "model.adapter",
+            f"{folder} was trained on {base}, but this run loads {name}",
+            f"choose the model= option of {base}",
+        )
         raise UserError("the adapter does not fit the model", [problem])
     return folder

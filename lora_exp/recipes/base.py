@@ -39,7 +39,7 @@ class Recipe(Section, ABC):
     learning_rate: float = Field(ge=0)
     objective: str
 
-    set_elsewhere = {  # noqa: RUF012
+    set_elsewhere = {
         "learning_rate": "trainer.learning_rate=...",
         "output_dir": "output_dir=...",
         "gradient_checkpointing": "trainer.gradient_checkpointing=...",
@@ -58,7 +58,7 @@ class Recipe(Section, ABC):
     )
     """Keys that are ours and no field of the TRL config."""
 
-    rules = (
+    rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             ("recipe.max_prompt_length", "recipe.max_length"),
             lambda prompt, total: prompt is not None and prompt >= total,

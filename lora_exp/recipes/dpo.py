@@ -48,7 +48,7 @@ class DPO(Recipe):
     name = "dpo"
     row_kind = PREFERENCE
     needs_reference = True
-    headline = {  # noqa: RUF012
+    headline = {
         "loss": "loss",
         "rewards/accuracies": "reward accuracy",
         "rewards/margins": "margin",

@@ -22,7 +22,7 @@ class SFT(Recipe):
     name = "sft"
     row_kind = COMPLETION
     needs_reference = False
-    headline = {"loss": "loss", "mean_token_accuracy": "token accuracy"}  # noqa: RUF012
+    headline = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
     library_class = "trl.SFTConfig"
 
     loss_type: Literal["nll", "dft"]

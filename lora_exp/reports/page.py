@@ -20,8 +20,8 @@ from lora_exp.run_folder import write_whole
 
 TEMPLATE = Path(__file__).with_name("run.html.j2")
 PAGE = "report.html"
-CONTROL_CHARACTERS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
-"""To Unicode's pictures of them: an untrained model answers in such characters, and HTML cannot show them."""
+CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\t\n"}
+"""To their escapes: an untrained model answers in such characters, and HTML cannot show them."""
 
 Points = Sequence[tuple[int, float | None]]
 """A value at each logged step; None is a gap."""
@@ -182,31 +182,20 @@ def draw(title: str, series: Mapping[str, Points]) -> Chart:
     return Chart(
         title,
         [_line(name, points, place) for name, points in series.items() if points],
-        [
-            place(tick, low, f"{tick:,.0f}")
-            for tick in round_ticks(0, end)
-            if tick <= end and tick == int(tick)
-        ],
+        [place(tick, low, f"{tick:,.0f}") for tick in round_ticks(0, end) if tick <= end and tick == int(tick)],
         [place(0, tick, tick_label(tick, ticks[1] - ticks[0])) for tick in ticks],
         gaps,
-        f"{title} over the steps: "
-        + ", ".join(_course(name, points) for name, points in series.items() if points),
+        f"{title} over the steps: " + ", ".join(_course(name, points) for name, points in series.items() if points),
     )
 
 
 def _line(name: str, points: Points, place: Callable[[float, float, str], Mark]) -> Line:
     stretches = [
-        [
-            place(step, value, f"{name}, step {step:,}: {number(value)}")
-            for step, value in stretch
-            if value is not None
-        ]
+        [place(step, value, f"{name}, step {step:,}: {number(value)}") for step, value in stretch if value is not None]
         for is_gap, stretch in groupby(points, key=lambda point: point[1] is None)
         if not is_gap
     ]
-    strokes = [
-        " ".join(f"{mark.x:g},{mark.y:g}" for mark in stretch) for stretch in stretches if len(stretch) > 1
-    ]
+    strokes = [" ".join(f"{mark.x:g},{mark.y:g}" for mark in stretch) for stretch in stretches if len(stretch) > 1]
     dots = [mark for stretch in stretches for mark in stretch if name == "eval" or len(stretch) == 1]
     return Line(name, strokes, dots)
 
@@ -323,13 +312,11 @@ def data_rows(reports: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[str]
     cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "rows": lambda report: _count(report.get("rows")),
         "kept": lambda report: _count(report.get("kept")),
-        "dropped": lambda report: (
-            "\n".join(f"{n:,} {why}" for why, n in (report.get("dropped") or {}).items()) or "0"
-        ),
+        "dropped": lambda report: "\n".join(f"{n:,} {why}" for why, n in (report.get("dropped") or {}).items()) or "0",
         "prompts cut": lambda report: _cut(report, "prompt"),
         "answers cut": lambda report: _cut(report, "answer"),
-        "prompt tokens, min / median / max": lambda report: _spread(report.get("prompt_lengths")),
-        "answer tokens, min / median / max": lambda report: _spread(report.get("answer_lengths")),
+        "prompt tokens": lambda report: _spread(report.get("prompt_lengths")),
+        "answer tokens": lambda report: _spread(report.get("answer_lengths")),
         "source": lambda report: str(report.get("source") or ""),
     }
     splits = list(reports)
@@ -352,9 +339,7 @@ def _spread(lengths: Mapping[str, float] | None) -> str:
 def stages(wall_times: Mapping[str, float]) -> list[tuple[str, str, float]]:
     """Return each stage with its time and its percentage of the whole."""
     whole = sum(wall_times.values()) or 1.0
-    return [
-        (name, duration(seconds), round(100 * seconds / whole, 1)) for name, seconds in wall_times.items()
-    ]
+    return [(name, duration(seconds), round(100 * seconds / whole, 1)) for name, seconds in wall_times.items()]
 
 
 def machine(run: Mapping[str, Any]) -> dict[str, str]:

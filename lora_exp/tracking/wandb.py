@@ -20,7 +20,9 @@ class WandbRun(ActiveRun):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers under their section: `train/loss`, `eval/loss`; W&B's own step is left to W&B."""
-        sections = {f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value for key, value in metrics.items()}
+        sections = {
+            f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value for key, value in metrics.items()
+        }
         self.run.log({**sections, "train/global_step": step})
 
     def summarize(self, summary: Mapping[str, Any]) -> None:

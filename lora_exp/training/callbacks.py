@@ -73,9 +73,7 @@ class Display(TrainerCallback):  # type: ignore[misc]
         """Show the bar."""
         self.display.start(state.max_steps, state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
         self.display.advance(state.global_step)
 

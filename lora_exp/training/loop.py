@@ -59,7 +59,7 @@ def evaluate(trainer: Any, has_eval_data: bool) -> dict[str, float]:
     if not has_eval_data:
         return {}
     last = next((logs for logs in reversed(trainer.state.log_history) if "eval_loss" in logs), None)
-    current = last is not None and last["step"] == trainer.state.global_step
-    if current and not trainer.args.load_best_model_at_end:
+    # With load_best_model_at_end the model is no longer the one of the last step.
+    if last is not None and last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
         return {name: value for name, value in last.items() if name.startswith("eval_")}
     return dict(trainer.evaluate())

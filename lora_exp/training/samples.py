@@ -27,9 +27,7 @@ def fixed_prompts(
     split = "val" if "val" in datasets else "train"
     dataset, rows = datasets[split], splits[split].rows
     first = (dataset[index] for index in range(min(number, len(dataset))))
-    return [
-        Prompt(rows[each["row"]]["prompt"], each["prompt_ids"], rows[each["row"]][answer_column]) for each in first
-    ]
+    return [Prompt(rows[each["row"]]["prompt"], each["prompt_ids"], rows[each["row"]][answer_column]) for each in first]
 
 
 def answer(model: Any, tokenizer: Any, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
@@ -42,14 +40,22 @@ def answer(model: Any, tokenizer: Any, prompts: list[Prompt], max_new_tokens: in
     import torch
 
     batch = tokenizer.pad(
-        {"input_ids": [prompt.ids for prompt in prompts]}, padding=True, padding_side="left", return_tensors="pt", return_attention_mask=True
+        {"input_ids": [prompt.ids for prompt in prompts]},
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        return_attention_mask=True,
     ).to(model.device)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             output = model.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
             )
     finally:
         model.train(was_training)
