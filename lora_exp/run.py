@@ -18,6 +18,7 @@ from lora_exp.models.source import adapter_dir, model_files
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
 from lora_exp.reports import console
+from lora_exp.reports.page import write_page
 from lora_exp.run_folder import RunFolder
 from lora_exp.tracking.base import Guarded, RunInfo
 from lora_exp.training.checkpoints import checkpoint_to_resume
@@ -62,8 +63,13 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     assert isinstance(resolved, dict)
     info = RunInfo(folder.path, {str(k): v for k, v in resolved.items()}, launch.name, launch.sweep, config.recipe.name)
     resumed = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
-    with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed):
-        objective = _run(config, folder, launch, info)
+    try:
+        with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed):
+            objective = _run(config, folder, launch, info)
+    except Exception:
+        if (folder.path / "metrics.jsonl").exists():
+            write_page(folder.path)
+        raise
     show_result(folder.path)
     return objective
 
@@ -86,6 +92,8 @@ def _run(config: Config, folder: RunFolder, launch: Launch, info: RunInfo) -> fl
             device, policy, arguments = _load(config, files, start, folder)
     folder.note(
         recipe=config.recipe.name,
+        model=config.model.pretrained_model_name_or_path,
+        objective_name=config.objective or config.recipe.objective,
         headline=config.recipe.headline,
         choices=dict(launch.choices),
         device=device_facts(device),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lora_exp.config import Config, LoraConfig, ModelConfig, QuantConfig
 from lora_exp.errors import Problem, UserError
+from lora_exp.models.bitsandbytes import keep_differentiable
 from lora_exp.models.precision import Precision
 from lora_exp.models.targets import choose_targets, linear_layers, uses_conv1d
 
@@ -75,6 +76,7 @@ def load_base(config: ModelConfig, quant: QuantConfig, precision: Precision, dev
     )
     base.name_or_path = base.config._name_or_path = config.pretrained_model_name_or_path
     base.config.use_cache = False
+    keep_differentiable(base)
     return base
 
 

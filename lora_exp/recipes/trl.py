@@ -25,13 +25,19 @@ class TokenizedDPOTrainer(_Quiet, DPOTrainer):  # type: ignore[misc]
     """DPOTrainer over `prompt_ids`, `chosen_ids`, `rejected_ids`, with the reference that is asked for.
 
     Args:
+        model: The `PeftModel` to train.
         reference: `adapter off` (the base) or `start adapter` (a frozen copy of the adapter, beside it on the
             same base). TRL makes such a copy of any `PeftModel` that it is given.
-        kwargs: DPOTrainer's arguments.
+        kwargs: DPOTrainer's other arguments.
     """
 
-    def __init__(self, *, reference: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, model: Any, reference: str, **kwargs: Any) -> None:
+        # The copy is made by adding an adapter with the same config and then copying the weights; with PiSSA's,
+        # adding it would take a second part out of the base.
+        lora = model.peft_config["default"]
+        wanted, lora.init_lora_weights = lora.init_lora_weights, True
+        super().__init__(model=model, **kwargs)
+        lora.init_lora_weights = wanted
         if reference == "adapter off":
             self.model.delete_adapter("ref")
         else:

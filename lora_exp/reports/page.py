@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.reports.results import RunResults, read_results
-from lora_exp.run_folder import write_whole
+from lora_exp.run_folder import read_jsonl, write_whole
 
 TEMPLATE = Path(__file__).with_name("run.html.j2")
 PAGE = "report.html"
@@ -59,17 +58,17 @@ def page_facts(folder: Path) -> dict[str, Any]:
         "status": run.get("status") or "unknown",
         "error": run.get("error"),
         "recipe": run.get("recipe") or choices.get("recipe") or "run",
-        "model": config_value(config, "  pretrained_model_name_or_path") or choices.get("model") or "",
+        "model": run.get("model") or choices.get("model") or "",
         "choices": choices,
-        "folder": str(folder.resolve()),
+        "folder": str(folder),
         "started": run.get("started") or "",
         "started_text": _moment(run.get("started") or ""),
-        "key_numbers": key_numbers(results, headline, config),
+        "key_numbers": key_numbers(results, headline),
         "charts": charts(results.steps, headline),
         "area": AREA,
         "splits": list(splits),
         "data_rows": data_rows(splits.values()),
-        "samples": _json_lines(folder / "samples.jsonl"),
+        "samples": read_jsonl(folder / "samples.jsonl"),
         "stages": stages(run.get("wall_times") or {}),
         "machine": machine(run),
         "versions": run.get("versions") or {},
@@ -254,12 +253,12 @@ class KeyNumber:
     detail: str = ""
 
 
-def key_numbers(results: RunResults, headline: Mapping[str, str], config: str) -> list[KeyNumber]:
+def key_numbers(results: RunResults, headline: Mapping[str, str]) -> list[KeyNumber]:
     """Return what a reader wants first; a number that the run does not have is left out."""
     run = results.run
     found = []
     if run.get("objective") is not None:
-        name = config_value(config, "objective") or config_value(config, "  objective") or ""
+        name = run.get("objective_name") or ""
         found.append(KeyNumber("objective", number(run["objective"]), detail=name))
     found += [item for key, short in headline.items() if (item := _final(results, key, short))]
     if run.get("wall_times"):
@@ -362,16 +361,6 @@ def _reference(facts: Mapping[str, Any]) -> str:
 # Files and text --------------------------------------------------------------------------------------
 
 
-def config_value(config: str, key: str) -> str:
-    """Return the plain value of a key, with its indent, or nothing for null.
-
-    Read as text: a value elsewhere in the config that no parser likes shall not cost anyone the page.
-    """
-    found = re.search(rf"^{re.escape(key)}: *(.+)$", config, re.MULTILINE)
-    value = found[1].strip().strip("'\"") if found else ""
-    return "" if value == "null" else value
-
-
 def visible(text: str) -> str:
     """Return text with its control characters made visible, and without the line breaks at its end."""
     return str(text).replace("\r\n", "\n").translate(CONTROL_CHARACTERS).rstrip("\n")
@@ -390,8 +379,3 @@ def _text(path: Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     return dict(json.loads(_text(path) or "{}"))
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    # Not splitlines(): an answer may hold the line separators that JSON leaves as they are.
-    return [json.loads(line) for line in _text(path).split("\n") if line]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.errors import Problem, UserError
+from lora_exp.run_folder import read_jsonl
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ def read_results(folder: Path) -> RunResults:
     """
     if not (folder / "run.json").is_file():
         raise UserError("there is nothing to report", [Problem(str(folder), "holds no run: it has no run.json")])
-    metrics, lines = folder / "metrics.json", folder / "metrics.jsonl"
+    metrics = folder / "metrics.json"
     return RunResults(
         folder,
         json.loads((folder / "run.json").read_text(encoding="utf-8")),
         json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {},
-        [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else [],
+        read_jsonl(folder / "metrics.jsonl"),
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_exp.reports.console import TrainingDisplay
-from lora_exp.run_folder import to_json, write_whole
+from lora_exp.run_folder import read_jsonl, to_json, write_whole
 from lora_exp.tracking.base import ActiveRun
 
 
@@ -23,11 +22,9 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop the lines of steps after the checkpoint that a resumed run starts from: they come again."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step and state.global_step]
-        write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        if self.path.exists():
+            kept = [line for line in read_jsonl(self.path) if 0 < state.global_step >= line["step"]]
+            write_whole(self.path, "".join(to_json(line, indent=None) + "\n" for line in kept))
 
     def on_log(
         self,

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from lora_exp.errors import UserError
 from lora_exp.reports.page import (
     AREA,
-    config_value,
     draw,
     duration,
     number,
@@ -30,6 +29,8 @@ VOID = {"meta", "link"}
 
 RUN = {
     "status": "finished",
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "objective_name": "eval_rewards/accuracies",
     "objective": 0.8125,
     "error": None,
     "started": "2026-11-22T17:37:23+00:00",
@@ -361,11 +362,3 @@ def test_duration(seconds: float, text: str) -> None:
 )
 def test_number(value: Any, text: str) -> None:
     assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [("a:\n  key: 'x y'\n", "x y"), ("  key: null\n", ""), ("    key: deep\n", ""), ("", "")],
-)
-def test_config_value_goes_by_the_indent(config: str, text: str) -> None:
-    assert config_value(config, "  key") == text

@@ -1,0 +1,70 @@
+"""Make runs through the corridor, and load what they left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.config import CONF_DIR, register_resolvers
+from lora_exp.reports.results import RunResults, read_results
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has ended, with what it was made of."""
+
+    objective: float | None
+    results: RunResults
+    overrides: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.results.folder
+
+
+Finished = Callable[..., FinishedRun]
+"""A function that runs some overrides, once for each set of them in a session."""
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="lora_exp"):
+        return compose("config", overrides)
+
+
+def run_in(folder: Path, overrides: list[str]) -> FinishedRun:
+    from lora_exp.run import Launch, run
+
+    objective = run(composed([*overrides, f"output_dir={folder}"]), Launch(folder, {"recipe": "", "model": "tiny"}))
+    return FinishedRun(objective, read_results(folder), overrides)
+
+
+def config_of(folder: Path) -> Any:
+    from lora_exp.config import validate
+
+    loaded = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(loaded, DictConfig)
+    return validate(loaded)
+
+
+def load_policy(folder: Path, adapter: str | None = None) -> tuple[Any, Any]:
+    """Return policy and tokenizer of a run folder's config, starting from `adapter`."""
+    import torch
+
+    from lora_exp.models.policy import attach_adapter, load_base, load_tokenizer
+    from lora_exp.models.precision import choose_precision
+    from lora_exp.models.source import adapter_dir, model_files
+
+    config = config_of(folder)
+    model = config.model.model_copy(update={"adapter": adapter})
+    device = torch.device("cpu")
+    with model_files(model) as files:
+        base = load_base(model, config.quant, choose_precision(config.trainer, device), device, files)
+        tokenizer = load_tokenizer(model, files)
+    torch.manual_seed(config.seed)
+    return attach_adapter(base, config, adapter_dir(model), folder), tokenizer
