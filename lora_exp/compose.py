@@ -19,10 +19,13 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_exp.config import CONF_DIR, check, library_class_of
+from lora_exp.config import CONF_DIR, check, library_class_of, options_with
 from lora_exp.errors import Problem, UserError, count
 from lora_exp.library_fields import library_fields, nearest
 from lora_exp.rules import flatten
+
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+"""What Hydra raises for overrides that do not fit; ValueError for `quant=8`, an option that is no string."""
 
 
 class Composer:
@@ -34,6 +37,8 @@ class Composer:
     """
 
     def __init__(self, config_dir: Path | None = None, config_name: str | None = None) -> None:
+        if config_dir is not None and not config_dir.is_dir():
+            raise UserError("the configs cannot be read", [Problem("--config-dir", f"there is no folder {config_dir}")])
         self.extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
         self.config_name = config_name or "config"
         self.context = initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="lora_exp")
@@ -56,10 +61,21 @@ class Composer:
             return [overrides]
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-        if any(each.is_sweep_override() and not each.is_discrete_sweep() for each in parsed):
+        drawn = [each for each in parsed if each.is_sweep_override() and not each.is_discrete_sweep()]
+        if drawn:
+            self._require_drawing_sweeper(overrides, drawn)
             return [[str(each.input_line) for each in parsed if not each.is_sweep_override()]]
         batches = BasicSweeper.split_arguments([each for each in parsed if not each.is_hydra_override()], None)
         return [list(job) for batch in batches for job in batch]
+
+    def _require_drawing_sweeper(self, overrides: list[str], drawn: list[Override]) -> None:
+        """Refuse `interval(...)` and the like where the sweeper only takes lists of values."""
+        own = [each for each in overrides if each.startswith("hydra")]
+        hydra_config = compose(self.config_name, [*self.extra, *own], return_hydra_config=True).hydra
+        if hydra_config.sweeper._target_.endswith("BasicSweeper"):
+            what = "Hydra's basic sweeper takes values, not a range to draw from"
+            problems = [Problem(each.key_or_group, what, f"{each.key_or_group}=0.1,0.3,1.0") for each in drawn]
+            raise UserError("the sweep cannot be made", problems)
 
     def compose(self, overrides: list[str], check_values: bool) -> DictConfig:
         """Return the composed config.
@@ -70,7 +86,7 @@ class Composer:
         try:
             composed: DictConfig | None = self._compose(overrides)
             problems: list[Problem] = []
-        except (HydraException, OmegaConfBaseException) as error:
+        except COMPOSE_ERRORS as error:
             composed, problems = self._without_misfits(overrides, error)
         if check_values and composed is not None:
             problems += check(composed)[1]
@@ -92,7 +108,10 @@ class Composer:
             except OverrideParseException as parse_error:
                 what = f"is no override: {str(parse_error).splitlines()[0]}"
                 problems.append(Problem(override, what, "write key=value"))
-        self.defaults = compose(self.config_name, self.extra, return_hydra_config=True)
+        try:
+            self.defaults = compose(self.config_name, self.extra, return_hydra_config=True)
+        except COMPOSE_ERRORS as config_error:
+            return None, [_problem_of(config_error)]
         keys = flatten(_container(self.defaults))
         choices = [each for each in parsed if self._is_choice(each, keys)]
 
@@ -101,7 +120,7 @@ class Composer:
         problems += [problem for problem in found.values() if problem is not None]
         try:
             keys = flatten(_container(self._compose(fitting)))
-        except (HydraException, OmegaConfBaseException) as choice_error:
+        except COMPOSE_ERRORS as choice_error:
             return None, [*problems, _problem_of(choice_error)]
         for each in parsed:
             if each not in choices:
@@ -110,7 +129,7 @@ class Composer:
                 fitting += [] if problem else [str(each.input_line)]
         try:
             return self._compose(fitting), problems
-        except (HydraException, OmegaConfBaseException):
+        except COMPOSE_ERRORS:
             return None, [*problems, _problem_of(error)]
 
     def _is_choice(self, override: Override, keys: dict[str, Any]) -> bool:
@@ -134,10 +153,10 @@ class Composer:
         if not options:
             near = nearest(group, self._groups)
             return Problem(group, "there is no such group", f"did you mean {near}={option}?" if near else "")
-        if str(option) not in options and isinstance(option, str | int | float):
+        if str(option) not in options and not isinstance(option, list):
             near = nearest(str(option), options)
             mend = f"choose {', '.join(options)}" + (f"; did you mean {group}={near}?" if near else "")
-            return Problem(group, f"has no option {option}", mend)
+            return Problem(group, f"has no option {'null' if option is None else option}", mend)
         if group not in self.defaults.hydra.runtime.choices and not choice.is_add():
             return Problem(group, "no option of it is chosen by default, so it is added", f"write +{group}={option}")
         return None
@@ -148,13 +167,13 @@ class Composer:
         if override.is_add() or override.is_delete():
             try:
                 self._compose([*choices, str(override.input_line)])
-            except (HydraException, OmegaConfBaseException) as error:
+            except COMPOSE_ERRORS as error:
                 return Problem(key, _first_line(error))
             return None
         if key in keys:
             return None
         group, _, name = key.partition(".")
-        elsewhere = _options_with(group, name)
+        elsewhere = options_with(group, name)
         if elsewhere:
             what = f"there is no such key here; it belongs to {' and '.join(elsewhere)}"
             return Problem(key, what, f"add {elsewhere[0]}")
@@ -164,6 +183,8 @@ class Composer:
 def _suggestion(key: str, keys: dict[str, Any]) -> str:
     """Name the nearest key: in the same group, in the library class behind it, then anywhere by its last part."""
     group, _, name = key.rpartition(".")
+    if isinstance(keys.get(group), dict) and "." in group:
+        return f"add it with +{key}=..."
     siblings = {each.rpartition(".")[2]: each for each in keys if each.rpartition(".")[0] == group}
     near = nearest(name, siblings)
     if near:
@@ -177,12 +198,6 @@ def _suggestion(key: str, keys: dict[str, Any]) -> str:
     leaves = {each.rpartition(".")[2]: each for each in reversed(list(keys))}
     near = nearest(name, leaves)
     return f"did you mean {leaves[near]}?" if near else "python -m lora_exp --cfg job prints the keys there are"
-
-
-def _options_with(group: str, name: str) -> list[str]:
-    """Return the options of a group whose file has this key."""
-    files = sorted((CONF_DIR / group).glob("*.yaml")) if name else []
-    return [f"{group}={file.stem}" for file in files if name in (OmegaConf.load(file) or {})]
 
 
 def _container(composed: DictConfig) -> dict[str, Any]:

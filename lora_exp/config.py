@@ -35,7 +35,8 @@ def register_resolvers() -> None:
     """
     from lora_exp.help_page import help_page
 
-    OmegaConf.register_new_resolver("half", lambda number: number // 2, replace=True)
+    # A wrong type is told where it stands, not where it is computed with.
+    OmegaConf.register_new_resolver("half", lambda n: n // 2 if isinstance(n, int) else None, replace=True)
     OmegaConf.register_new_resolver(
         "coalesce", lambda *values: next((value for value in values if value is not None), None), replace=True
     )
@@ -361,10 +362,20 @@ def _problems_of(error: ValidationError, section: type[Section], prefix: str, sk
 def _sentence(error: ValidationError, item: Any, field: str) -> str:
     """Say what was expected, over all members of a union, and what was given."""
     same = [other for other in error.errors() if other["loc"][:1] == item["loc"][:1]]
+    if any(other["type"] == "string_too_short" for other in same):
+        return "is empty"
     own = [other["msg"].removeprefix("Value error, ") for other in same if other["type"] == "value_error"]
-    expected = own or [other["msg"].removeprefix("Input should be ").removeprefix("a valid ") for other in same]
+    expected = own or [_expected(other) for other in same]
     given = item["input"] if not field or len(item["loc"]) <= 1 else same[0]["input"]
     return f"should be {' or '.join(dict.fromkeys(expected))}, not {given!r}"
+
+
+def _expected(item: Any) -> str:
+    """Return the noun of pydantic's `Input should be a valid integer`, in the words of a config file."""
+    if item["type"] in ("model_type", "dict_type", "mapping_type"):
+        return "a group of keys"
+    message: str = item["msg"]
+    return message.removeprefix("Input should be ").removeprefix("a valid ")
 
 
 def _unknown_to_library(group: str, section: Section | None) -> list[Problem]:
@@ -378,11 +389,25 @@ def _unknown_to_library(group: str, section: Section | None) -> list[Problem]:
     for key in extra:
         if key in section.set_elsewhere:
             problems.append(Problem(f"{group}.{key}", "is set elsewhere", f"use {section.set_elsewhere[key]}"))
+        elif key not in fields and (elsewhere := options_with(group, key)):
+            what = f"there is no such key here; it belongs to {' and '.join(elsewhere)}"
+            problems.append(Problem(f"{group}.{key}", what, f"add {elsewhere[0]}"))
         elif key not in fields:
             near = nearest(key, fields)
             mend = f"did you mean {group}.{near}?" if near else ""
             problems.append(Problem(f"{group}.{key}", f"{section.library_class} has no such field", mend))
     return problems
+
+
+def options_with(group: str, name: str) -> list[str]:
+    """Return the options of a group, as overrides, whose file has this key."""
+    files = sorted((CONF_DIR / group).glob("*.yaml")) if name else []
+    return [f"{group}={file.stem}" for file in files if name in _keys_of(file)]
+
+
+def _keys_of(file: Path) -> list[Any]:
+    loaded = OmegaConf.load(file)
+    return list(loaded.keys()) if isinstance(loaded, DictConfig) else []
 
 
 def library_class_of(group: str, values: Mapping[str, Any]) -> str | None:

@@ -56,8 +56,10 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
         UserError: What the user can mend: config, data, model, folder.
     """
     config = validate(composed)
-    quiet_libraries()
     composed.output_dir = str(launch.folder)
+    # Looked up before the folder is claimed: a wrong folder name must not mark a finished run as failed.
+    checkpoint = checkpoint_to_resume(config.resume)
+    start = adapter_dir(config.model)
     folder = RunFolder(launch.folder)
     resolved = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(resolved, dict)
@@ -65,7 +67,7 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     resumed = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
     try:
         with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed):
-            objective = _run(config, folder, launch, info)
+            objective = _run(config, folder, launch, info, checkpoint, start)
     except Exception:
         if (folder.path / "metrics.jsonl").exists():
             write_page(folder.path)
@@ -74,9 +76,10 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     return objective
 
 
-def _run(config: Config, folder: RunFolder, launch: Launch, info: RunInfo) -> float | None:
-    checkpoint = checkpoint_to_resume(config.resume)
-    start = adapter_dir(config.model)
+def _run(
+    config: Config, folder: RunFolder, launch: Launch, info: RunInfo, checkpoint: Path | None, start: Path | None
+) -> float | None:
+    quiet_libraries()
     console.header(_header(config, launch))
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
@@ -103,7 +106,8 @@ def _run(config: Config, folder: RunFolder, launch: Launch, info: RunInfo) -> fl
     )
 
     tracker = Guarded.start(config.tracker, info)
-    console.say("tracker", tracker.failure or tracker.where or "none")
+    failed_to_start = tracker.failure
+    console.say("tracker", failed_to_start or tracker.where or "none")
     succeeded = False
     try:
         final = _train(config, folder, policy, tokenizer, splits, datasets, arguments, tracker, checkpoint)
@@ -113,7 +117,7 @@ def _run(config: Config, folder: RunFolder, launch: Launch, info: RunInfo) -> fl
         succeeded = True
     finally:
         tracker.finish(succeeded)
-    if tracker.failure:
+    if tracker.failure and not failed_to_start:
         console.note(tracker.failure)
     return objective
 

@@ -164,6 +164,9 @@ class RunFolder:
             with run_json.open("r" if resumed else "x"):
                 pass
         except FileExistsError:
+            if not self.path.is_dir():
+                problem = Problem("output_dir", f"{self.path} is a file", "choose another folder")
+                raise UserError("the run cannot start", [problem]) from None
             raise UserError("the run cannot start", [taken(self.path)]) from None
         except OSError as error:
             problem = Problem(str(run_json), f"cannot be opened: {error.strerror}", "choose another output_dir=...")

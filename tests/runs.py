@@ -68,3 +68,22 @@ def load_policy(folder: Path, adapter: str | None = None) -> tuple[Any, Any]:
         tokenizer = load_tokenizer(model, files)
     torch.manual_seed(config.seed)
     return attach_adapter(base, config, adapter_dir(model), folder), tokenizer
+
+
+def build_trainer(folder: Path, overrides: list[str]) -> Any:
+    """Return the trainer that a run of these overrides would train, by the corridor's own steps."""
+    from lora_exp import run as corridor
+    from lora_exp.config import validate
+    from lora_exp.data.load import load_splits
+    from lora_exp.models.source import adapter_dir, model_files
+    from lora_exp.run_folder import RunFolder
+    from lora_exp.tracking.base import Guarded
+    from lora_exp.training.loop import make_trainer
+
+    config = validate(composed([*overrides, f"output_dir={folder}"]))
+    run_folder = RunFolder(folder)
+    splits = load_splits(config.data, config.recipe.row_kind)
+    with model_files(config.model) as files:
+        tokenizer, datasets, _ = corridor._tokenize(config, splits, files)
+        _, policy, arguments = corridor._load(config, files, adapter_dir(config.model), run_folder)
+    return make_trainer(config, run_folder, policy, tokenizer, datasets, arguments, Guarded(None, "none"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,15 +35,17 @@ class JsonlFile(Generic[Row]):
         self.problems, self.bad_lines = [], 0
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.strip():
+                # An editor's byte-order mark before the first line is no part of the JSON.
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not text.strip():
                     continue
-                row = self._parse(line, number)
+                row = self._parse(text, number)
                 if row is not None:
                     yield row
 
     def _parse(self, line: bytes, number: int) -> Row | None:
         try:
-            return self.row_type.model_validate(_object(line, number))
+            return self.row_type.model_validate(_object(line))
         except ValidationError as error:
             self._bad(number, "; ".join(reason(item) for item in error.errors()))
         except ValueError as error:
@@ -55,19 +58,20 @@ class JsonlFile(Generic[Row]):
             self.problems.append(Problem(f"{self.path}:{number}", reason))
 
 
-def _object(line: bytes, number: int) -> dict[str, object]:
+def _object(line: bytes) -> dict[str, object]:
     """Return the object on a line.
 
     Raises:
         ValueError: If it is none; the message says why.
     """
     try:
-        # utf-8-sig: an editor's byte-order mark before the first line is no part of the JSON.
-        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read: it is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"a row must be an object, not {_json_type(value)}")
     return value

@@ -64,7 +64,11 @@ def _folder(splits_dir: str) -> Path:
     """Resolve `pkg://lora_exp.data.sample` (Hydra's notation for a folder inside a package) or a plain path."""
     if splits_dir.startswith("pkg://"):
         package, _, folder = splits_dir.removeprefix("pkg://").rpartition(".")
-        return Path(str(files(package).joinpath(folder)))
+        try:
+            return Path(str(files(package).joinpath(folder)))
+        except ModuleNotFoundError as error:
+            problem = Problem("data.splits_dir", f"there is no package {package}", "pkg://package.folder, or a path")
+            raise UserError("the data cannot be read", [problem]) from error
     return Path(splits_dir)
 
 

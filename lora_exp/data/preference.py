@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator, BaseModel, Field
 
 from lora_exp.data.jsonl import JsonlFile, read_all
+from lora_exp.data.records import whole_characters
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def _not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("is empty")
-    return value
+    return whole_characters(value)
 
 
 VerbatimText = Annotated[str, AfterValidator(_not_blank), Field(json_schema_extra={"pattern": r"\S"})]

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, TypeAdapter, ValidationError
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+def whole_characters(value: str) -> str:
+    """Refuse half a surrogate pair, which JSON can spell and no tokenizer can read."""
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError("has half a surrogate pair, which is no character")
+    return value
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(whole_characters)]
 """A string that is not empty once trimmed."""
 
 _datetime = TypeAdapter(datetime)
@@ -28,7 +36,7 @@ class Inputs(BaseModel):
     """What the model is asked."""
 
     question: Text = Field(description="The question or instruction.")
-    context: Annotated[str, StringConstraints(strip_whitespace=True)] | None = Field(
+    context: Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(whole_characters)] | None = Field(
         None, description="What the answer rests on; stands under the question in the prompt."
     )
 

@@ -115,7 +115,13 @@ def adapter_dir(config: ModelConfig) -> Path | None:
         what = f"{given} holds no adapter" if given.is_dir() else f"there is no folder {given}"
         mend = "name the folder of a finished run, or of a PEFT adapter"
         raise UserError("the adapter cannot be loaded", [Problem("model.adapter", what, mend)])
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        problem = Problem(
+            "model.adapter", f"{folder / 'adapter_config.json'} is no JSON object: {error}", "train or save it again"
+        )
+        raise UserError("the adapter cannot be loaded", [problem]) from error
     name = config.pretrained_model_name_or_path
     if base not in (None, "", name) and Path(str(base)).name != Path(name).name:
         problem = Problem(

@@ -47,8 +47,14 @@ def choose_targets(model: Any, wanted: Sequence[str] | str) -> list[str]:
     if wanted == "auto":
         head = next((name for name, part in model.named_modules() if part is model.get_output_embeddings()), "")
         return layers if head.rpartition(".")[2] in endings else endings
+    if not wanted:
+        raise UserError("there is nothing to adapt", [Problem("lora.target_modules", "names no layer", "auto")])
     if isinstance(wanted, str):
-        matched = [name for name in layers if re.fullmatch(wanted, name)]
+        try:
+            matched = [name for name in layers if re.fullmatch(wanted, name)]
+        except re.error as error:
+            problem = Problem("lora.target_modules", f"{wanted!r} is no regular expression: {error}")
+            raise UserError("there is nothing to adapt", [problem]) from error
         unmatched = [] if matched else [wanted]
     else:
         matched = list(wanted)

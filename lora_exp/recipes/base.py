@@ -40,7 +40,6 @@ class Recipe(Section, ABC):
     objective: str
 
     set_elsewhere = {
-        "learning_rate": "trainer.learning_rate=...",
         "output_dir": "output_dir=...",
         "gradient_checkpointing": "trainer.gradient_checkpointing=...",
         "logging_steps": "trainer.logging_steps=...",

@@ -109,5 +109,6 @@ class Guarded(ActiveRun):
             call(*arguments)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the training goes on
             self.run = None
-            self.failure = f"{self.label} failed and is left out from here on: {error}"
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.failure = f"{self.label} failed and is left out from here on: {reason}"
             log.warning(self.failure)

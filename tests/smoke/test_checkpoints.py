@@ -1,0 +1,74 @@
+"""The best checkpoint, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_exp.errors import UserError
+from tests.runs import run_in
+
+QUICK = ["tracker=none", "recipe=sft", "samples.num_prompts=0", "recipe.max_length=128", "trainer.logging_steps=1"]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(folder / "adapter_model.safetensors")
+    return tensors
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_run_ends_with_the_best_checkpoint_not_the_last(tmp_path: Path) -> None:
+    # With the highest loss as "best", the best is an early checkpoint for as long as training helps at all.
+    run = run_in(
+        tmp_path / "run",
+        [
+            *QUICK, "trainer.load_best_model_at_end=true", "trainer.metric_for_best_model=eval_loss",
+            "trainer.greater_is_better=true", "trainer.eval_strategy=steps", "trainer.eval_steps=3",
+            "trainer.save_strategy=steps", "trainer.save_steps=3", "trainer.save_total_limit=null",
+            "trainer.max_steps=9", "trainer.learning_rate=0.1",
+        ],
+    )  # fmt: skip
+    evaluations = {line["step"]: line["eval_loss"] for line in reversed(run.results.steps) if "eval_loss" in line}
+    best = max(evaluations, key=lambda step: evaluations[step])
+    assert best != 9, "the last checkpoint must not be the best for this test to mean anything"
+    assert run.results.run["best_checkpoint"].endswith(f"checkpoint-{best}")
+    assert same(adapter(run.folder / "adapter"), adapter(run.folder / "checkpoints" / f"checkpoint-{best}"))
+    assert run.results.metrics["eval_loss"] == pytest.approx(evaluations[best], rel=1e-6)
+
+
+def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path: Path) -> None:
+    schedule = [
+        "trainer.max_steps=6",
+        "trainer.save_strategy=steps",
+        "trainer.save_steps=3",
+        "trainer.eval_strategy=no",
+    ]
+    whole = run_in(tmp_path / "whole", [*QUICK, *schedule])
+    broken = run_in(tmp_path / "broken", [*QUICK, *schedule])
+    # As if it had been killed after step 4: the last checkpoint and the result are not there yet.
+    for path in (broken.folder / "checkpoints" / "checkpoint-6").iterdir():
+        path.unlink()
+    resumed = run_in(broken.folder, [*QUICK, *schedule, f"resume={broken.folder}"])
+
+    assert same(adapter(resumed.folder / "adapter"), adapter(whole.folder / "adapter"))
+    losses = [
+        [(line["step"], line["loss"]) for line in run.results.steps if "loss" in line] for run in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[1]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_folder_without_a_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
+    run = run_in(
+        tmp_path / "run", [*QUICK, "trainer.max_steps=1", "trainer.save_strategy=no", "trainer.eval_strategy=no"]
+    )
+    with pytest.raises(UserError, match="no checkpoint to go on from"):
+        run_in(run.folder, [*QUICK, f"resume={run.folder}"])
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "finished"
