@@ -76,7 +76,8 @@ def _from_load_dataset(config: DataConfig, kind: RowKind) -> dict[str, Split]:
     """Read whatever `datasets.load_dataset` reads, with its columns renamed by `data.columns` (ours to theirs)."""
     names = {"train": config.train_split or "train", "val": config.val_split}
     wanted = {split: name for split, name in names.items() if name is not None}
-    splits, problems = {}, []
+    splits: dict[str, Split] = {}
+    problems = _unknown_columns(config, kind)
     for split, name in wanted.items():
         rows, bad = _checked(_load_dataset(config, name), config, kind.column_row, f"{config.path}[{name}]")
         splits[split] = Split(rows, f"{config.path}[{name}]")
@@ -87,6 +88,15 @@ def _from_load_dataset(config: DataConfig, kind: RowKind) -> dict[str, Split]:
             shown.append(Problem(str(config.path), f"and {count(len(problems) - SHOWN, 'more bad row')}"))
         raise UserError(f"{count(len(problems), 'row')} of the data cannot be used", shown)
     return splits
+
+
+def _unknown_columns(config: DataConfig, kind: RowKind) -> list[Problem]:
+    ours = list(kind.column_row.model_fields)
+    return [
+        Problem(f"data.columns.{name}", "is no column of ours", f"ours are {', '.join(ours)}")
+        for name in config.columns
+        if name not in ours
+    ]
 
 
 def _load_dataset(config: DataConfig, split: str) -> Any:

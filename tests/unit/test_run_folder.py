@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lora_exp.errors import Problem, UserError
 from lora_exp.run_folder import RunFolder, holds_run, to_json, write_whole
 
-OLD = "old\n" * 50_000
-NEW = "new\n" * 50_000
+OLD = "old\n" * 500_000
+NEW = "new\n" * 500_000
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -55,7 +55,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:
-    write_whole(Path(sys.argv[1]), "new\\n" * 50_000)
+    write_whole(Path(sys.argv[1]), "new\\n" * 500_000)
 except OSError:
     sys.exit(3)
 """
@@ -74,8 +74,8 @@ import sys
 from pathlib import Path
 from lora_exp.run_folder import write_whole
 while True:
-    write_whole(Path(sys.argv[1]), "new\\n" * 50_000)
-    write_whole(Path(sys.argv[1]), "old\\n" * 50_000)
+    write_whole(Path(sys.argv[1]), "new\\n" * 500_000)
+    write_whole(Path(sys.argv[1]), "old\\n" * 500_000)
 """
 
 
