@@ -25,7 +25,7 @@ os.environ["HF_HOME"] = _hub_cache.name
 from lora_exp.compose import Composer  # noqa: E402
 from lora_exp.config import register_resolvers  # noqa: E402
 
-settings.register_profile("lora_exp", deadline=None, max_examples=60)
+settings.register_profile("lora_exp", deadline=None, max_examples=40)
 settings.load_profile("lora_exp")
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets")

@@ -183,7 +183,7 @@ def test_overrides_give_these_values(composer: Composer, overrides: list[str], e
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo"])
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(max_length=st.integers(2, 200_000))
 def test_the_prompt_may_take_half_of_max_length(composer: Composer, recipe: str, max_length: int) -> None:
     composed = composer.compose([f"recipe={recipe}", f"recipe.max_length={max_length}"], check_values=True)
