@@ -137,7 +137,8 @@ class Composer:
         key = override.key_or_group
         if override.is_hydra_override() or key in self._groups or "/" in key:
             return True
-        return "." not in key and key not in keys and nearest(key, self._groups) is not None
+        near = nearest(key, self._groups) if "." not in key and key not in keys else None
+        return near is not None and str(override.value()) in self.loader.get_group_options(near, ObjectType.CONFIG)
 
     @property
     def _groups(self) -> list[str]:
@@ -183,6 +184,8 @@ class Composer:
 def _suggestion(key: str, keys: dict[str, Any]) -> str:
     """Name the nearest key: in the same group, in the library class behind it, then anywhere by its last part."""
     group, _, name = key.rpartition(".")
+    if key.replace("_", ".", 1) in keys:
+        return f"did you mean {key.replace('_', '.', 1)}?"
     if isinstance(keys.get(group), dict) and "." in group:
         return f"add it with +{key}=..."
     siblings = {each.rpartition(".")[2]: each for each in keys if each.rpartition(".")[0] == group}

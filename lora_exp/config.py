@@ -120,6 +120,15 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     chat_template: Literal["auto"] | bool = "auto"
 
+    rules = (
+        Rule(
+            ("data.splits_dir", "data.train_file", "data.path"),
+            lambda *sources: not any(sources),
+            "is not set, and neither is data.train_file: there is nothing to train on",
+            "name the folder with your rows: data.splits_dir=my_rows",
+        ),
+    )
+
 
 class TrainerConfig(Section):
     """conf/trainer: fields of transformers.TrainingArguments; others can be added with `+trainer.name=value`."""
@@ -238,6 +247,14 @@ class SamplesConfig(Section):
     max_new_tokens: int = Field(gt=0)
 
 
+EVAL_SOURCES = ("data.val_file", "data.splits_dir", "data.val_split", "data.train_file", "data.path")
+
+
+def _trains_only(val_file: str | None, splits_dir: str | None, val_split: str | None, *train: str | None) -> bool:
+    """Whether there are rows to train on and none to evaluate on; without any, another rule speaks."""
+    return any(train) and not (val_file or splits_dir or val_split)
+
+
 class Config(Section):
     """One whole run, as composed. `recipe` and `tracker` are the classes that their YAML files name."""
 
@@ -256,14 +273,14 @@ class Config(Section):
 
     rules = (
         Rule(
-            ("trainer.eval_strategy", "data.val_file", "data.splits_dir", "data.val_split"),
-            lambda strategy, *sources: strategy in ("steps", "epoch") and not any(sources),
+            ("trainer.eval_strategy", *EVAL_SOURCES),
+            lambda strategy, *sources: strategy in ("steps", "epoch") and _trains_only(*sources),
             "evaluation by {0}, but there is no evaluation data",
             "name some with data.val_file=..., or set trainer.eval_strategy=no",
         ),
         Rule(
-            ("trainer.eval_on_start", "data.val_file", "data.splits_dir", "data.val_split"),
-            lambda on_start, *sources: on_start is True and not any(sources),
+            ("trainer.eval_on_start", *EVAL_SOURCES),
+            lambda on_start, *sources: on_start is True and _trains_only(*sources),
             "evaluation at the start, but there is no evaluation data",
             "name some with data.val_file=..., or set trainer.eval_on_start=false",
         ),

@@ -139,6 +139,16 @@ def test_gradients_after_an_evaluation_are_those_before_it(finished: Finished) -
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("trainer", ["cpu", "low_memory"])
+@pytest.mark.parametrize("quant", ["none", "4bit"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_trainer_for_a_processor_trains(finished: Finished, recipe: str, quant: str, trainer: str) -> None:
+    run = finished(f"recipe={recipe}", f"quant={quant}", f"trainer={trainer}", "recipe.max_length=128", *SHORT)
+    gradients = [line["grad_norm"] for line in run.results.steps if "grad_norm" in line]
+    assert len(gradients) == 4
+    assert all(gradient > 0 for gradient in gradients)
+
+
 def test_sft_learns(finished: Finished) -> None:
     run = finished("recipe=sft", "+experiment=demo_sft", "samples.num_prompts=0")
     before, after = run.results.first_evaluation["eval_loss"], run.results.metrics["eval_loss"]

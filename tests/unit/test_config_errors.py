@@ -175,6 +175,7 @@ BREAKING_EXAMPLES = [
         "trainer.save_steps=50",
         "trainer.eval_steps=20",
     ],
+    ["data=splits"],
     ["data=splits", "data.train_file=mine.jsonl"],
     ["data=splits", "data.train_file=mine.jsonl", "trainer.eval_strategy=no", "trainer.eval_on_start=true"],
     ["recipe.max_length=64", "recipe.max_prompt_length=64"],
