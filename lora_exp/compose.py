@@ -19,10 +19,11 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_exp.config import CONF_DIR, check, library_class_of, options_with
+from lora_exp.config import CONF_DIR
 from lora_exp.errors import Problem, UserError, count
 from lora_exp.library_fields import library_fields, nearest
 from lora_exp.rules import flatten
+from lora_exp.validation import check, library_class_of, option_keys, options_with
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for overrides that do not fit; ValueError for `quant=8`, an option that is no string."""
@@ -198,6 +199,9 @@ def _suggestion(key: str, keys: dict[str, Any]) -> str:
         near = name if name in fields else nearest(name, fields)
         if near:
             return f"{library_class} has {near}; add it with +{group}.{near}=..."
+    for option, names in option_keys(group).items():
+        if near := nearest(name, names):
+            return f"did you mean {group}.{near} of {group}={option}?"
     leaves = {each.rpartition(".")[2]: each for each in reversed(list(keys))}
     near = nearest(name, leaves)
     return f"did you mean {leaves[near]}?" if near else "python -m lora_exp --cfg job prints the keys there are"

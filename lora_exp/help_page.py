@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_exp.config import CONF_DIR
-
 EXAMPLES = """\
   python -m lora_exp                                             SFT, embedded model, sample rows
   python -m lora_exp recipe=dpo quant=8bit                       DPO on an 8-bit base
@@ -31,16 +29,20 @@ FLAGS = """\
 """
 
 
-def help_page() -> str:
-    """Return the help text: groups with their options, examples, and where each kind of key is documented."""
-    groups = [folder for folder in sorted(CONF_DIR.iterdir()) if folder.is_dir() and folder.name != "hydra"]
+def help_page(conf: Path) -> str:
+    """Return the help text: groups with their options, examples, and where each kind of key is documented.
+
+    Args:
+        conf: The folder of the configs.
+    """
+    groups = [folder for folder in sorted(conf.iterdir()) if folder.is_dir() and folder.name != "hydra"]
     order = ["recipe", "model", "quant", "lora", "data", "trainer", "tracker", "experiment"]
     groups.sort(key=lambda folder: order.index(folder.name) if folder.name in order else len(order))
     choices = "\n".join(_group(folder) for folder in groups)
     return (
         "LoRA fine-tuning, composed: python -m lora_exp [group=option ...] [key=value ...]\n\n"
         f"Groups and their options:\n{choices}\n"
-        f"Examples:\n{EXAMPLES}\nKeys, and where each is documented (conf lies in {CONF_DIR}):\n{KEYS}\n"
+        f"Examples:\n{EXAMPLES}\nKeys, and where each is documented (conf lies in {conf}):\n{KEYS}\n"
         f"Flags:\n{FLAGS}\n"
         "A field that is not listed is added with a plus (+trainer.adam_beta2=0.98); null and false unset things.\n"
     )

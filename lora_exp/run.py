@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config import Config, validate
+from lora_exp.config import Config
 from lora_exp.data.load import Split, load_splits
 from lora_exp.data.tokenize import SplitReport, tokenize_split, use_chat_template
 from lora_exp.errors import Problem, UserError
@@ -22,6 +22,7 @@ from lora_exp.reports.page import write_page
 from lora_exp.run_folder import RunFolder
 from lora_exp.tracking.base import Guarded, RunInfo
 from lora_exp.training.checkpoints import checkpoint_to_resume
+from lora_exp.validation import validate
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -45,7 +45,7 @@ def run_in(folder: Path, overrides: list[str]) -> FinishedRun:
 
 
 def config_of(folder: Path) -> Any:
-    from lora_exp.config import validate
+    from lora_exp.validation import validate
 
     loaded = OmegaConf.load(folder / "config.yaml")
     assert isinstance(loaded, DictConfig)
@@ -73,12 +73,12 @@ def load_policy(folder: Path, adapter: str | None = None) -> tuple[Any, Any]:
 def build_trainer(folder: Path, overrides: list[str]) -> Any:
     """Return the trainer that a run of these overrides would train, by the corridor's own steps."""
     from lora_exp import run as corridor
-    from lora_exp.config import validate
     from lora_exp.data.load import load_splits
     from lora_exp.models.source import adapter_dir, model_files
     from lora_exp.run_folder import RunFolder
     from lora_exp.tracking.base import Guarded
     from lora_exp.training.loop import make_trainer
+    from lora_exp.validation import validate
 
     config = validate(composed([*overrides, f"output_dir={folder}"]))
     run_folder = RunFolder(folder)

@@ -45,7 +45,7 @@ def _from_files(config: DataConfig, kind: RowKind) -> dict[str, Split]:
         )
     rows = read_all([JsonlFile[Any](path, kind.file_row) for path in found.values()])
     return {
-        split: Split([row.columns() for row in split_rows], str(path))
+        split: Split([row.columns() for row in split_rows], _source(path, config.splits_dir))
         for (split, path), split_rows in zip(found.items(), rows, strict=True)
     }
 
@@ -70,6 +70,12 @@ def _folder(splits_dir: str) -> Path:
             problem = Problem("data.splits_dir", f"there is no package {package}", "pkg://package.folder, or a path")
             raise UserError("the data cannot be read", [problem]) from error
     return Path(splits_dir)
+
+
+def _source(path: Path, splits_dir: str | None) -> str:
+    """Name a file for reports: rows inside a package by the package, not by where it is installed."""
+    inside = splits_dir is not None and splits_dir.startswith("pkg://") and path.parent == _folder(splits_dir)
+    return f"{splits_dir}/{path.name}" if inside else str(path)
 
 
 def _from_load_dataset(config: DataConfig, kind: RowKind) -> dict[str, Split]:

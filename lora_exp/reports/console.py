@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from rich.text import Text
 from lora_exp.errors import count
 from lora_exp.reports.results import RunResults
 
+log = logging.getLogger(__name__)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -22,18 +24,19 @@ def header(rows: Iterable[tuple[str, str]]) -> None:
     """Print what was composed: a name and its choice a line."""
     console.print()
     for name, choice in rows:
-        console.print(Text.assemble((f"{name:>9}  ", "bold cyan"), choice))
+        say(name, choice)
 
 
 def say(name: str, line: str) -> None:
-    """Print one line under the header's names."""
-    header_line = Text.assemble((f"{name:>9}  ", "bold cyan"), line)
-    console.print(header_line)
+    """Print one line under the header's names; the run's log file has it too."""
+    console.print(Text.assemble((f"{name:>9}  ", "bold cyan"), line))
+    log.info("%s: %s", name, line)
 
 
 def note(line: str) -> None:
     """Print something that the user should know and may act on."""
     console.print(Text.assemble((f"{'note':>9}  ", "bold yellow"), line))
+    log.info("note: %s", line)
 
 
 def data_lines(reports: Mapping[str, Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ SHORT = ["model=smollm2_135m", "tracker=none", "trainer.per_device_train_batch_s
 
 @pytest.fixture(scope="module")
 def fetched() -> str:
-    from lora_exp.config import validate
+    from lora_exp.validation import validate
 
     return locate(validate(composed(["model=smollm2_135m"])).model)
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.compose import Composer
-from lora_exp.config import CONF_DIR, Config, Section, check
+from lora_exp.config import CONF_DIR, Config, Section
 from lora_exp.library_fields import library_fields
 from lora_exp.recipes.base import Recipe
 from lora_exp.recipes.dpo import DPO
 from lora_exp.recipes.sft import SFT
+from lora_exp.validation import check
 
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
 NO_CHOICE = {"model/base.yaml"}

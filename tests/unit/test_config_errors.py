@@ -16,7 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lora_exp.compose import Composer
-from lora_exp.config import CONF_DIR, Config, Section, check
+from lora_exp.config import CONF_DIR, Config, Section
 from lora_exp.errors import Problem, UserError
 from lora_exp.library_fields import SOURCES, library_fields, nearest
 from lora_exp.recipes.dpo import DPO
@@ -24,6 +24,7 @@ from lora_exp.recipes.sft import SFT
 from lora_exp.rules import Rule, flatten
 from lora_exp.tracking.none import NoTracker
 from lora_exp.tracking.wandb import Wandb
+from lora_exp.validation import check
 
 SECTIONS = {
     **{name: [field.annotation] for name, field in Config.model_fields.items() if isinstance(field.annotation, type)},
