@@ -7,6 +7,7 @@ sha256, its weights are widened to float32, and the result lies in the user's ca
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -99,9 +100,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Widen the weights to float32 and save them, config and tokenizer, as an ordinary checkpoint."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     fields = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
@@ -120,6 +119,7 @@ def main() -> None:
         print("usage: python -m lora_exp.fetch model=<option>")  # noqa: T201
         sys.exit(0 if overrides else USER_ERROR_STATUS)
     quiet_libraries()
+    os.environ["TQDM_DISABLE"] = "1"  # the lines above each step are the progress
     try:
         from lora_exp.compose import Composer
 

@@ -59,6 +59,9 @@ def load_base(config: ModelConfig, quant: QuantConfig, precision: Precision, dev
 
     The model remembers the name in the config, not the folder it was read from, so that the adapter's
     `base_model_name_or_path` means the same on other machines.
+
+    Raises:
+        UserError: If files are missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -67,13 +70,17 @@ def load_base(config: ModelConfig, quant: QuantConfig, precision: Precision, dev
         kwargs["attn_implementation"] = config.attn_implementation
     if quant.target is not None:
         kwargs["quantization_config"] = _quantization_config(quant, precision)
-    base = AutoModelForCausalLM.from_pretrained(
-        files,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        device_map={"": device},
-        **kwargs,
-    )
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            files,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            device_map={"": device},
+            **kwargs,
+        )
+    except OSError as error:
+        problem = Problem("model.pretrained_model_name_or_path", " ".join(str(error).split()))
+        raise UserError("the model cannot be loaded", [problem]) from error
     base.name_or_path = base.config._name_or_path = config.pretrained_model_name_or_path
     base.config.use_cache = False
     keep_differentiable(base)

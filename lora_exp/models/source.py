@@ -65,32 +65,29 @@ def locate(config: ModelConfig) -> str:
 
 
 def _ask_hub(config: ModelConfig) -> None:
-    """Fetch the model's config.json from the hub or its cache, the smallest sign that the rest can be had."""
-    from huggingface_hub import hf_hub_download
+    """Look for the model's config.json in the hub's cache, then ask the hub for it once: the rest comes later."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    name = config.pretrained_model_name_or_path
+    name, revision = config.pretrained_model_name_or_path, config.revision
     try:
-        hf_hub_download(name, "config.json", revision=config.revision, etag_timeout=HUB_TIMEOUT_S)
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT_S)
     except GatedRepoError as error:
-        raise _not_found(
-            config,
-            f"{name} asks for its licence to be accepted",
-            "accept it on the hub, then `hf auth login`",
-        ) from error
+        mend = "accept it on the hub, then `hf auth login`"
+        raise _not_found(config, f"{name} asks for its licence to be accepted", mend) from error
     except RevisionNotFoundError as error:
-        raise _not_found(config, f"{name} has no revision {config.revision}", "model.revision=main") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise _not_found(config, f"{name} has no revision {revision}", "model.revision=main") from error
+    except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
         raise _not_found(config, f"the hub has no model {name}", "check the name, or name a folder") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except Exception as error:
         raise _not_found(config, f"{name} is not on this machine and the hub cannot be reached") from error
 
 
