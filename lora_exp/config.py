@@ -154,6 +154,7 @@ class TrainerConfig(Section):
     fp16: bool
     use_cpu: bool
     logging_steps: float = Field(gt=0)
+    logging_first_step: bool
     eval_strategy: Literal["no", "steps", "epoch"]
     eval_steps: float | None = Field(gt=0)
     eval_on_start: bool
