@@ -11,8 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import Config
 from lora_exp.data.load import Split, load_splits
-from lora_exp.data.tokenize import SplitReport, tokenize_split, use_chat_template
-from lora_exp.errors import Problem, UserError
+from lora_exp.data.tokenize import TokenizedData, tokenize_splits
 from lora_exp.machine import device_facts, isolated_job, peak_memory_bytes, reset_peak_memory
 from lora_exp.models.source import adapter_dir, model_files
 from lora_exp.quiet import quiet_libraries
@@ -25,8 +24,6 @@ from lora_exp.training.checkpoints import checkpoint_to_resume
 from lora_exp.validation import validate
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from lora_exp.models.policy import Policy
 
 
@@ -88,22 +85,19 @@ def _run(
     reset_peak_memory()
     with model_files(config.model) as files:
         with folder.stage("data"):
-            tokenizer, datasets, reports = _tokenize(config, splits, files)
-            folder.write_json("data_report.json", {split: report.as_dict() for split, report in reports.items()})
-            console.data_lines({split: report.as_dict() for split, report in reports.items()})
-            _require_rows(reports)
+            data = _tokenize(config, splits, files, folder)
         with folder.stage("model"):
-            device, policy, arguments = _load(config, files, start, folder)
+            policy = _load(config, files, start, folder)
     folder.note(
         recipe=config.recipe.name,
         model=config.model.pretrained_model_name_or_path,
         objective_name=config.objective or config.recipe.objective,
         headline=config.recipe.headline,
         choices=dict(launch.choices),
-        device=device_facts(device),
+        device=device_facts(policy.device),
         trainable_parameters=policy.trainable_parameters,
         target_modules=policy.target_modules,
-        reference=_reference_facts(config, policy, datasets),
+        reference=_reference_facts(config, policy, data),
     )
 
     tracker = Guarded.start(config.tracker, info)
@@ -111,9 +105,9 @@ def _run(
     console.say("tracker", failed_to_start or tracker.where or "none")
     succeeded = False
     try:
-        final = _train(config, folder, policy, tokenizer, splits, datasets, arguments, tracker, checkpoint)
+        final = _train(config, folder, policy, data, tracker, checkpoint)
         objective = _objective(config, final)
-        folder.note(objective=objective, peak_memory_bytes=peak_memory_bytes(device))
+        folder.note(objective=objective, peak_memory_bytes=peak_memory_bytes(policy.device))
         tracker.summarize({**final, "objective": objective})
         succeeded = True
     finally:
@@ -143,52 +137,24 @@ def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
     ]
 
 
-def _tokenize(
-    config: Config, splits: dict[str, Split], files: str
-) -> tuple[Any, dict[str, Dataset], dict[str, SplitReport]]:
+def _tokenize(config: Config, splits: dict[str, Split], files: str, folder: RunFolder) -> TokenizedData:
     from lora_exp.models.policy import load_tokenizer
 
     tokenizer = load_tokenizer(config.model, files)
-    template = use_chat_template(config.data.chat_template, tokenizer)
-    if template and not tokenizer.chat_template:
-        problem = Problem("data.chat_template", "the tokenizer has no chat template", "data.chat_template=auto")
-        raise UserError("the rows cannot be tokenised", [problem])
-    datasets, reports = {}, {}
-    for split, rows in splits.items():
-        datasets[split], reports[split] = tokenize_split(
-            rows.rows, config.recipe.row_kind.answers, tokenizer, config.recipe.limits, template, rows.source
-        )
-    return tokenizer, datasets, reports
+    recipe = config.recipe
+    data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template)
+    reports = {split: report.as_dict() for split, report in data.reports.items()}
+    folder.write_json("data_report.json", reports)
+    console.data_lines(reports)
+    data.require_rows()
+    return data
 
 
-def _require_rows(reports: Mapping[str, SplitReport]) -> None:
-    """Stop where a split has nothing left to learn from, or to evaluate on."""
-    problems = [
-        Problem(
-            report.source,
-            f"none of its {report.rows} rows is left: " + ", ".join(f"{n} {why}" for why, n in report.dropped.items()),
-            "raise recipe.max_length, or lower recipe.max_prompt_length",
-        )
-        for report in reports.values()
-        if not report.kept
-    ]
-    if problems:
-        raise UserError("nothing is left to learn from", problems)
+def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> Policy:
+    from lora_exp.models.policy import load_policy
 
-
-def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> tuple[Any, Policy, dict[str, Any]]:
-    from transformers import set_seed
-
-    from lora_exp.models.policy import attach_adapter, load_base
-    from lora_exp.models.precision import choose_device, choose_precision
-    from lora_exp.training.arguments import training_arguments
-
-    device = choose_device(config.trainer)
-    precision = choose_precision(config.trainer, device)
-    console.say("precision", f"{precision.dtype}: {precision.reason}")
-    set_seed(config.seed)
-    base = load_base(config.model, config.quant, precision, device, files)
-    policy = attach_adapter(base, config, start, folder.checkpoints)
+    policy = load_policy(config, files, start, folder.checkpoints)
+    console.say("precision", f"{policy.precision.dtype}: {policy.precision.reason}")
     share = policy.trainable_parameters / policy.total_parameters
     console.say(
         "adapter",
@@ -197,44 +163,35 @@ def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> 
     )
     for line in policy.notes:
         console.note(line)
-    return device, policy, training_arguments(config, precision, folder.checkpoints, device.type == "cpu")
+    return policy
 
 
-def _reference_facts(config: Config, policy: Policy, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
+def _reference_facts(config: Config, policy: Policy, data: TokenizedData) -> dict[str, Any]:
     if not config.recipe.needs_reference:
         return {"model": None, "computed": 0, "reused": 0}
-    return {"model": policy.reference, "computed": sum(map(len, datasets.values())), "reused": 0}
+    return {"model": policy.reference, "computed": sum(map(len, data.datasets.values())), "reused": 0}
 
 
 def _train(
-    config: Config,
-    folder: RunFolder,
-    policy: Policy,
-    tokenizer: Any,
-    splits: dict[str, Split],
-    datasets: dict[str, Dataset],
-    arguments: dict[str, Any],
-    tracker: Guarded,
-    checkpoint: Path | None,
+    config: Config, folder: RunFolder, policy: Policy, data: TokenizedData, tracker: Guarded, checkpoint: Path | None
 ) -> dict[str, float]:
     """Train, evaluate and save; return the final numbers."""
     from lora_exp.models.policy import save_adapter
     from lora_exp.training.loop import evaluate, make_trainer, train
     from lora_exp.training.samples import answer, fixed_prompts
 
-    answer_column = config.recipe.row_kind.answers[0]
-    prompts = fixed_prompts(splits, datasets, answer_column, config.samples.num_prompts)
+    prompts = fixed_prompts(data, config.recipe.row_kind.answers[0], config.samples.num_prompts)
     length = config.samples.max_new_tokens
     with folder.stage("evaluate"):
-        before = answer(policy.model, tokenizer, prompts, length)
-    trainer = make_trainer(config, folder, policy, tokenizer, datasets, arguments, tracker)
+        before = answer(policy.model, data.tokenizer, prompts, length)
+    trainer = make_trainer(config, folder, policy, data, tracker)
     with folder.stage("train"):
         final = train(trainer, checkpoint)
     with folder.stage("evaluate"):
-        final |= evaluate(trainer, "val" in datasets)
-        after = answer(policy.model, tokenizer, prompts, length)
+        final |= evaluate(trainer, "val" in data.datasets)
+        after = answer(policy.model, data.tokenizer, prompts, length)
     with folder.stage("save"):
-        save_adapter(policy, tokenizer, folder.adapter)
+        save_adapter(policy, data.tokenizer, folder.adapter)
         folder.write_json("metrics.json", final)
         answers = zip(prompts, before, after, strict=True)
         folder.write_jsonl(

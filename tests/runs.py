@@ -54,20 +54,14 @@ def config_of(folder: Path) -> Any:
 
 def load_policy(folder: Path, adapter: str | None = None) -> tuple[Any, Any]:
     """Return policy and tokenizer of a run folder's config, starting from `adapter`."""
-    import torch
-
-    from lora_exp.models.policy import attach_adapter, load_base, load_tokenizer
-    from lora_exp.models.precision import choose_precision
+    from lora_exp.models import policy as room
     from lora_exp.models.source import adapter_dir, model_files
 
     config = config_of(folder)
-    model = config.model.model_copy(update={"adapter": adapter})
-    device = torch.device("cpu")
-    with model_files(model) as files:
-        base = load_base(model, config.quant, choose_precision(config.trainer, device), device, files)
-        tokenizer = load_tokenizer(model, files)
-    torch.manual_seed(config.seed)
-    return attach_adapter(base, config, adapter_dir(model), folder), tokenizer
+    config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": adapter})})
+    with model_files(config.model) as files:
+        policy = room.load_policy(config, files, adapter_dir(config.model), folder)
+        return policy, room.load_tokenizer(config.model, files)
 
 
 def build_trainer(folder: Path, overrides: list[str]) -> Any:
@@ -81,9 +75,9 @@ def build_trainer(folder: Path, overrides: list[str]) -> Any:
     from lora_exp.validation import validate
 
     config = validate(composed([*overrides, f"output_dir={folder}"]))
+    folder.mkdir(parents=True, exist_ok=True)
     run_folder = RunFolder(folder)
-    splits = load_splits(config.data, config.recipe.row_kind)
     with model_files(config.model) as files:
-        tokenizer, datasets, _ = corridor._tokenize(config, splits, files)
-        _, policy, arguments = corridor._load(config, files, adapter_dir(config.model), run_folder)
-    return make_trainer(config, run_folder, policy, tokenizer, datasets, arguments, Guarded(None, "none"))
+        data = corridor._tokenize(config, load_splits(config.data, config.recipe.row_kind), files, run_folder)
+        policy = corridor._load(config, files, adapter_dir(config.model), run_folder)
+    return make_trainer(config, run_folder, policy, data, Guarded(None, "none"))

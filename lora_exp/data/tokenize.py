@@ -13,8 +13,12 @@ from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_exp.errors import Problem, UserError
+
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from lora_exp.data.load import Split
 
 BATCH = 512
 """Rows that are handed to the tokenizer at a time."""
@@ -58,9 +62,63 @@ class SplitReport:
         return summary
 
 
+@dataclass(frozen=True)
+class TokenizedData:
+    """The rows of every split as token ids, with what they were and what became of them."""
+
+    tokenizer: Any
+    splits: dict[str, Split]
+    datasets: dict[str, Dataset]
+    reports: dict[str, SplitReport]
+
+    def require_rows(self) -> None:
+        """Check that every split has something left to learn from, or to evaluate on.
+
+        Raises:
+            UserError: The splits that have not, with the reasons.
+        """
+        problems = [
+            Problem(
+                report.source,
+                f"none of its {report.rows} rows is left: "
+                + ", ".join(f"{number} {reason}" for reason, number in report.dropped.items()),
+                "raise recipe.max_length, or lower recipe.max_prompt_length",
+            )
+            for report in self.reports.values()
+            if not report.kept
+        ]
+        if problems:
+            raise UserError("nothing is left to learn from", problems)
+
+
 def use_chat_template(setting: bool | str, tokenizer: Any) -> bool:
     """Resolve `data.chat_template`: `auto` means wherever the tokenizer has one."""
     return bool(tokenizer.chat_template) if setting == "auto" else bool(setting)
+
+
+def tokenize_splits(
+    splits: dict[str, Split], answers: tuple[str, ...], tokenizer: Any, limits: Limits, chat_template: bool | str
+) -> TokenizedData:
+    """Tokenise every split.
+
+    Args:
+        splits: Rows of strings.
+        answers: The columns that are learned from.
+        tokenizer: The model's.
+        limits: How long a row may be.
+        chat_template: `data.chat_template`: whether rows go through the tokenizer's template; `auto`: if it has one.
+
+    Raises:
+        UserError: If a template is asked for and there is none.
+    """
+    if chat_template is True and not tokenizer.chat_template:
+        problem = Problem("data.chat_template", "the tokenizer has no chat template", "data.chat_template=auto")
+        raise UserError("the rows cannot be tokenised", [problem])
+    template = use_chat_template(chat_template, tokenizer)
+    datasets, reports = {}, {}
+    for name, split in splits.items():
+        datasets[name], reports[name] = tokenize_split(split.rows, answers, tokenizer, limits, template, split.source)
+    return TokenizedData(tokenizer, splits, datasets, reports)
 
 
 def tokenize_split(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lora_exp.config import Config, LoraConfig, ModelConfig, QuantConfig
 from lora_exp.errors import Problem, UserError
 from lora_exp.models.bitsandbytes import keep_differentiable
-from lora_exp.models.precision import Precision
+from lora_exp.models.precision import Precision, choose_device, choose_precision
 from lora_exp.models.targets import choose_targets, linear_layers, uses_conv1d
 
 Reference = Literal["adapter off", "start adapter"]
@@ -24,6 +24,7 @@ class Policy:
 
     Args:
         model: The `peft.PeftModel`; its adapter is called `default`.
+        precision: What it is trained in, and why.
         reference: How a recipe that needs a reference gets one without a second base.
         target_modules: The layers that carry an adapter.
         trainable_parameters: Numbers that training moves.
@@ -33,12 +34,36 @@ class Policy:
     """
 
     model: Any
+    precision: Precision
     reference: Reference
     target_modules: list[str]
     trainable_parameters: int
     total_parameters: int
     notes: tuple[str, ...] = ()
     initial: Path | None = None
+
+    @property
+    def device(self) -> Any:
+        """The torch device that it is on."""
+        return self.model.device
+
+
+def load_policy(config: Config, files: str, start: Path | None, scratch: Path) -> Policy:
+    """Load the base and attach its adapter, drawn from the run's seed.
+
+    Args:
+        config: The run.
+        files: What `from_pretrained` reads (from `model_files`).
+        start: A trained adapter's folder (from `adapter_dir`), or None for a new one.
+        scratch: Where an initial adapter is kept if saving will need it.
+    """
+    from transformers import set_seed
+
+    device = choose_device(config.trainer)
+    precision = choose_precision(config.trainer, device)
+    set_seed(config.seed)
+    base = load_base(config.model, config.quant, precision, device, files)
+    return attach_adapter(base, config, precision, start, scratch)
 
 
 def load_tokenizer(config: ModelConfig, files: str) -> Any:
@@ -96,12 +121,13 @@ def _quantization_config(quant: QuantConfig, precision: Precision) -> Any:
     return instantiate(arguments)
 
 
-def attach_adapter(base: Any, config: Config, start: Path | None, scratch: Path) -> Policy:
+def attach_adapter(base: Any, config: Config, precision: Precision, start: Path | None, scratch: Path) -> Policy:
     """Put a new adapter on the base, or the trained one in `start` (from `adapter_dir`).
 
     Args:
         base: From `load_base`.
         config: The run.
+        precision: What the base was loaded in.
         start: A trained adapter's folder, or None for a new one.
         scratch: Where an initial adapter is kept if saving will need it.
 
@@ -109,7 +135,7 @@ def attach_adapter(base: Any, config: Config, start: Path | None, scratch: Path)
         UserError: If `lora.target_modules` matches no layer.
     """
     if start is not None:
-        return _with_trained_adapter(base, config.lora, start)
+        return _with_trained_adapter(base, config.lora, precision, start)
     from hydra.utils import instantiate
     from peft import get_peft_model
 
@@ -123,8 +149,8 @@ def attach_adapter(base: Any, config: Config, start: Path | None, scratch: Path)
     # PiSSA and its like move a part of the base into the adapter: with it off, the base is no longer the model
     # that one started from, so only the start adapter can be the reference.
     if not str(config.lora.init_lora_weights).startswith("pissa"):
-        return _policy(model, "adapter off")
-    policy = _policy(model, "start adapter", initial=scratch / "initial_adapter")
+        return _policy(model, precision, "adapter off")
+    policy = _policy(model, precision, "start adapter", initial=scratch / "initial_adapter")
     lora = model.peft_config["default"]
     # PEFT converts on saving only if the initial adapter does not ask for PiSSA itself.
     wanted, lora.init_lora_weights = lora.init_lora_weights, True
@@ -133,7 +159,7 @@ def attach_adapter(base: Any, config: Config, start: Path | None, scratch: Path)
     return policy
 
 
-def _with_trained_adapter(base: Any, lora: LoraConfig, start: Path) -> Policy:
+def _with_trained_adapter(base: Any, lora: LoraConfig, precision: Precision, start: Path) -> Policy:
     from peft import PeftModel
 
     try:
@@ -148,17 +174,23 @@ def _with_trained_adapter(base: Any, lora: LoraConfig, start: Path) -> Policy:
         if getattr(own, name) != value
     ]
     note = (f"the adapter brings its own shape (r={own.r}); not used: {' '.join(ignored)}",) if ignored else ()
-    return _policy(model, "start adapter", note)
+    return _policy(model, precision, "start adapter", note)
 
 
-def _policy(model: Any, reference: Reference, notes: tuple[str, ...] = (), initial: Path | None = None) -> Policy:
+def _policy(
+    model: Any,
+    precision: Precision,
+    reference: Reference,
+    notes: tuple[str, ...] = (),
+    initial: Path | None = None,
+) -> Policy:
     # Only the trained adapter is written, in checkpoints too: a reference's copy comes from the start again. No
     # embedding trains, and PEFT would ask the hub about it at every save.
     model.save_pretrained = partial(model.save_pretrained, selected_adapters=["default"], save_embedding_layers=False)
     trainable, total = model.get_nb_trainable_parameters()
     targets = model.peft_config["default"].target_modules
     targets = [targets] if isinstance(targets, str) else sorted(targets)
-    return Policy(model, reference, targets, trainable, total, notes, initial)
+    return Policy(model, precision, reference, targets, trainable, total, notes, initial)
 
 
 def save_adapter(policy: Policy, tokenizer: Any, folder: Path) -> None:

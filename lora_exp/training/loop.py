@@ -10,11 +10,11 @@ from lora_exp.errors import Problem, UserError
 from lora_exp.reports.console import TrainingDisplay
 from lora_exp.run_folder import RunFolder
 from lora_exp.tracking.base import ActiveRun
+from lora_exp.training.arguments import training_arguments
 from lora_exp.training.callbacks import Display, MetricsFile, TrackerFeed
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
+    from lora_exp.data.tokenize import TokenizedData
     from lora_exp.models.policy import Policy
 
 
@@ -22,9 +22,7 @@ def make_trainer(
     config: Config,
     folder: RunFolder,
     policy: Policy,
-    tokenizer: Any,
-    datasets: dict[str, Dataset],
-    arguments: dict[str, Any],
+    data: TokenizedData,
     tracker: ActiveRun,
 ) -> Any:
     """Return the recipe's trainer with our callbacks in place of the library's printing.
@@ -34,13 +32,14 @@ def make_trainer(
     """
     from transformers import PrinterCallback
 
+    arguments = training_arguments(config, policy.precision, folder.checkpoints, policy.device.type == "cpu")
     callbacks = [
         MetricsFile(folder.path / "metrics.jsonl"),
         TrackerFeed(tracker),
         Display(TrainingDisplay(config.recipe.headline)),
     ]
     try:
-        trainer = config.recipe.trainer(policy, tokenizer, datasets, arguments, callbacks)
+        trainer = config.recipe.trainer(policy, data.tokenizer, data.datasets, arguments, callbacks)
     except (ValueError, TypeError, NotImplementedError) as error:
         problem = Problem("trainer or recipe", str(error))
         raise UserError(f"{config.recipe.library_class} refuses the config", [problem]) from error

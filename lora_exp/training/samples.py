@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from lora_exp.data.load import Split
+    from lora_exp.data.tokenize import TokenizedData
 
 
 @dataclass(frozen=True)
@@ -20,12 +18,10 @@ class Prompt:
     expected: str
 
 
-def fixed_prompts(
-    splits: dict[str, Split], datasets: dict[str, Dataset], answer_column: str, number: int
-) -> list[Prompt]:
+def fixed_prompts(data: TokenizedData, answer_column: str, number: int) -> list[Prompt]:
     """Return the first prompts of `val`, or of `train` where there is none."""
-    split = "val" if "val" in datasets else "train"
-    dataset, rows = datasets[split], splits[split].rows
+    split = "val" if "val" in data.datasets else "train"
+    dataset, rows = data.datasets[split], data.splits[split].rows
     first = (dataset[index] for index in range(min(number, len(dataset))))
     return [Prompt(rows[each["row"]]["prompt"], each["prompt_ids"], rows[each["row"]][answer_column]) for each in first]
 

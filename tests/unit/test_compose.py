@@ -31,7 +31,7 @@ REQUIRED = {
     "data/hub.yaml": ["data.path=json", "data.data_files={train: a.jsonl, test: b.jsonl}"],
 }
 """What some options leave to the user."""
-ISSUE_COMMANDS = [
+SHOWN_COMMANDS = [
     ["recipe=dpo", "quant=8bit"],
     ["recipe=dpo", "quant=4bit", "model=smollm2_135m", "trainer.max_steps=4"],
 ]
@@ -51,7 +51,7 @@ def overrides_for(file: Path) -> list[str]:
 
 
 PICKED = [file for file in FILES if name_of(file) not in NO_CHOICE and not name_of(file).startswith("hydra/")]
-RUNS = [*map(overrides_for, PICKED), *ISSUE_COMMANDS]
+RUNS = [*map(overrides_for, PICKED), *SHOWN_COMMANDS]
 run_ids = pytest.mark.parametrize("overrides", RUNS, ids=lambda overrides: " ".join(overrides) or "no overrides")
 
 
