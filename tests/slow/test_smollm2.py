@@ -47,7 +47,12 @@ def test_every_recipe_trains_on_every_base(fetched: str, tmp_path: Path, recipe:
 
 
 def test_sft_lowers_the_loss_on_unseen_rows(fetched: str, tmp_path: Path) -> None:
-    schedule = ["trainer.max_steps=20", "trainer.eval_on_start=true", "samples.num_prompts=0"]
+    schedule = [
+        "trainer.max_steps=40",
+        "trainer.learning_rate=1e-3",
+        "trainer.eval_on_start=true",
+        "samples.num_prompts=0",
+    ]
     run = run_in(tmp_path / "run", ["recipe=sft", *SHORT, *schedule])
     assert run.results.metrics["eval_loss"] < 0.9 * run.results.first_evaluation["eval_loss"]
 
