@@ -55,13 +55,12 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     """
     config = validate(composed)
     composed.output_dir = str(launch.folder)
+    resolved: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     # Looked up before the folder is claimed: a wrong folder name must not mark a finished run as failed.
-    checkpoint = checkpoint_to_resume(config.resume)
+    checkpoint = checkpoint_to_resume(config.resume, resolved)
     start = adapter_dir(config.model)
     folder = RunFolder(launch.folder)
-    resolved = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(resolved, dict)
-    info = RunInfo(folder.path, {str(k): v for k, v in resolved.items()}, launch.name, launch.sweep, config.recipe.name)
+    info = RunInfo(folder.path, resolved, launch.name, launch.sweep, config.recipe.name)
     resumed = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
     try:
         with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed):

@@ -54,7 +54,7 @@ class ActiveRun(ABC):
         """Close the run, as failed where it failed."""
 
 
-class Tracker(Section):
+class Tracker(Section, ABC):
     """The keys that trackers share."""
 
     label: ClassVar[str]
@@ -64,9 +64,9 @@ class Tracker(Section):
     group: str | None
     tags: list[str]
 
+    @abstractmethod
     def start(self, info: RunInfo) -> ActiveRun:
         """Open a run."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -72,3 +72,11 @@ def test_a_folder_without_a_checkpoint_cannot_be_resumed(tmp_path: Path) -> None
     with pytest.raises(UserError, match="no checkpoint to go on from"):
         run_in(run.folder, [*QUICK, f"resume={run.folder}"])
     assert json.loads((run.folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_run_is_not_resumed_as_something_else(tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run", [*QUICK, "trainer.max_steps=1", "trainer.eval_strategy=no"])
+    with pytest.raises(UserError) as caught:
+        run_in(run.folder, [*QUICK, "lora.r=8", "seed=7", "trainer.max_steps=2", f"resume={run.folder}"])
+    assert [problem.where for problem in caught.value.problems] == ["lora.r", "seed"]
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "finished"
