@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from lora_exp.errors import Problem, UserError, print_user_error
+from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError, count, print_user_error
 
 
 def prepare(argv: list[str]) -> list[str]:
@@ -59,8 +59,7 @@ def _check_jobs(arguments: argparse.Namespace, overrides: list[str]) -> None:
             except UserError as error:
                 problems |= dict.fromkeys(error.problems)
         if problems:
-            number = len(problems)
-            raise UserError(f"the config has {number} problem{'s' if number > 1 else ''}", problems)
+            raise UserError(f"the config has {count(len(problems), 'problem')}", problems)
     # Said here too, because Hydra writes to the folder before the run itself can look.
     if not arguments.multirun and composed.resume != composed.output_dir:
         folder = Path(composed.output_dir)
@@ -121,10 +120,9 @@ class JobFailures:
         try:
             yield
         except UserError as error:
-            if HydraConfig.get().mode != RunMode.MULTIRUN:
-                print_user_error(error)
-                raise SystemExit(2) from None
             print_user_error(error)
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                raise SystemExit(USER_ERROR_STATUS) from None
             self.failed.append(error)
 
     def raise_if_any(self) -> None:

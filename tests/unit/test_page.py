@@ -68,7 +68,7 @@ objective: null
 """
 LENGTHS = {"min": 45, "median": 104.5, "max": 1154}
 SPLIT = {
-    "source": "/home/someone/a/rather/long/path/to/the/data/train.dpo.jsonl",
+    "source": "a/rather/long/path/to/the/data/train.dpo.jsonl",
     "rows": 1240,
     "kept": 1231,
     "dropped": {"prompt longer than recipe.max_prompt_length": 7, "empty answer": 2},
