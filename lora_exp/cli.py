@@ -18,7 +18,7 @@ from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError, count, print_
 def prepare(argv: list[str]) -> list[str]:
     """Return the arguments to hand to Hydra, once every job that they mean has been checked.
 
-    `resume=<folder>` brings the overrides of the run in that folder along.
+    `resume=<folder>` brings the overrides of the run in that folder along, and its `--config-dir`.
 
     Raises:
         UserError: Everything that is wrong with the config of any job.
@@ -29,9 +29,14 @@ def prepare(argv: list[str]) -> list[str]:
     if unknown or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
         return argv
     resumed = resumed_overrides(arguments.overrides)
+    flags: list[str] = []
+    run_folder = _given(arguments.overrides).get("resume")
+    if run_folder and not arguments.config_dir:
+        arguments.config_dir = _resumed_config_dir(run_folder)
+        flags = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
     check = _check_composes if arguments.cfg else _check_jobs
     check(arguments, resumed + arguments.overrides)
-    return resumed + argv
+    return flags + resumed + argv
 
 
 def _search_path(arguments: argparse.Namespace) -> Path | None:
@@ -75,7 +80,7 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     Raises:
         UserError: If the folder holds no run.
     """
-    given = {_key(override): override.partition("=")[2] for override in overrides}
+    given = _given(overrides)
     folder = given.get("resume")
     if not folder or folder == "null":
         return []
@@ -87,6 +92,19 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
         )
     earlier = [str(override) for override in OmegaConf.load(saved)]
     return [override for override in earlier if _key(override) not in {*given, "output_dir", "resume"}]
+
+
+def _resumed_config_dir(run_folder: str) -> str | None:
+    """Return the `--config-dir` that a run was composed with, as Hydra noted it; None where it had none."""
+    hydra_yaml = Path(run_folder) / ".hydra" / "hydra.yaml"
+    if not hydra_yaml.is_file():
+        return None
+    sources = OmegaConf.load(hydra_yaml).hydra.runtime.config_sources
+    return next((source.path for source in sources if source.provider == "command-line"), None)
+
+
+def _given(overrides: list[str]) -> dict[str, str]:
+    return {_key(override): override.partition("=")[2] for override in overrides}
 
 
 def _key(override: str) -> str:

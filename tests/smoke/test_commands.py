@@ -128,3 +128,17 @@ def test_a_run_that_was_killed_goes_on_with_resume_alone(tmp_path: Path) -> None
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert facts["status"] == "finished"
     assert [line["step"] for line in steps if "loss" in line] == list(range(1, 41))
+
+
+def test_a_run_with_configs_of_ones_own_goes_on_with_resume_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    ours = "# @package _global_\ndefaults:\n  - override /recipe: dpo\nrecipe:\n  beta: 0.3\n"
+    (tmp_path / "mine" / "experiment" / "ours.yaml").write_text(ours)
+    first = run("python -m lora_exp --config-dir mine +experiment=ours output_dir=run", tmp_path, *SHORT)
+    assert first.returncode == 0, first.stderr
+    resumed = run("python -m lora_exp resume=run trainer.max_steps=2", tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "beta: 0.3" in (tmp_path / "run" / "config.yaml").read_text()
+    changed = run("python -m lora_exp resume=run recipe.beta=0.9", tmp_path)
+    assert changed.returncode == 2
+    assert "recipe.beta: was 0.3" in changed.stderr
