@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
 
 from lora_exp.help_page import help_page
 from lora_exp.rules import Rule
@@ -149,7 +149,7 @@ class TrainerConfig(Section):
     weight_decay: float = Field(ge=0)
     max_grad_norm: float = Field(ge=0)
     optim: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Literal["auto"]
     bf16: bool | Literal["auto"]
     fp16: bool
     use_cpu: bool
@@ -251,8 +251,22 @@ def _trains_only(val_file: str | None, splits_dir: str | None, val_split: str | 
     return any(train) and not (val_file or splits_dir or val_split)
 
 
+class StoreConfig(Section):
+    """Where reference log-probabilities are kept between runs."""
+
+    path: str | None
+    max_size: ByteSize
+
+    @field_validator("max_size", mode="before")
+    @classmethod
+    def _with_unit(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError("a size with its unit, such as 2GB or 500MB")
+        return value
+
+
 class Config(Section):
-    """One whole run, as composed. `recipe` and `tracker` are the classes that their YAML files name."""
+    """One whole run, as composed. `recipe`, `engine` and `tracker` are the classes that their YAML files name."""
 
     recipe: Any
     model: ModelConfig
@@ -260,7 +274,9 @@ class Config(Section):
     lora: LoraConfig
     data: DataConfig
     trainer: TrainerConfig
+    engine: Any
     tracker: Any
+    store: StoreConfig
     samples: SamplesConfig
     seed: int = Field(ge=0)
     objective: str | None

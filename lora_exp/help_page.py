@@ -18,6 +18,7 @@ KEYS = """\
   lora.*      conf/lora/lora.yaml; peft.LoraConfig
   data.*      conf/data/*.yaml; rows: SCHEMA.md
   trainer.*   conf/trainer/default.yaml; transformers.TrainingArguments
+  engine.*    conf/engine/*.yaml
   tracker.*   conf/tracker/*.yaml
   the rest    conf/config.yaml
 """
@@ -36,7 +37,7 @@ def help_page(conf: Path) -> str:
         conf: The folder of the configs.
     """
     groups = [folder for folder in sorted(conf.iterdir()) if folder.is_dir() and folder.name != "hydra"]
-    order = ["recipe", "model", "quant", "lora", "data", "trainer", "tracker", "experiment"]
+    order = ["recipe", "model", "quant", "lora", "data", "trainer", "engine", "tracker", "experiment"]
     groups.sort(key=lambda folder: order.index(folder.name) if folder.name in order else len(order))
     choices = "\n".join(_group(folder) for folder in groups)
     return (

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from lora_exp.errors import count
 
 PROC = Path("/proc/self")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def reset_peak_memory() -> None:
@@ -40,6 +44,76 @@ def peak_memory_bytes(device: Any) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def free_memory_bytes(device: Any) -> int:
+    """Return what the device, or this process's container, has left."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = int(psutil.virtual_memory().available)
+    limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
+    return available if limit is None or used is None else min(available, limit - used)
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    """Read a number of this process's control group (version 2); None where there is none, or no limit."""
+    try:
+        text = (CGROUP / name).read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: its affinity and its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+
+
+def use_threads(wanted: int | Literal["auto"]) -> str:
+    """Set torch's threads and return how many and why. OMP_NUM_THREADS, if set, stands for `auto`."""
+    import torch
+
+    if wanted != "auto":
+        torch.set_num_threads(wanted)
+        return f"{count(wanted, 'thread')}: engine.num_threads={wanted}"
+    if os.environ.get("OMP_NUM_THREADS"):
+        return f"{count(torch.get_num_threads(), 'thread')}: OMP_NUM_THREADS"
+    torch.set_num_threads(usable_cores())
+    return f"{count(torch.get_num_threads(), 'thread')}: the cores that this process may use"
+
+
+def keep_freed_memory() -> bool:
+    """Let malloc keep what is freed instead of giving it back to the system; False where malloc is not glibc's.
+
+    torch allocates each temporary of a training step anew on a processor. glibc maps blocks over 32 MiB from the
+    system and unmaps them when freed, so every step would fault its gigabytes in again, a third of its time.
+    """
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    # malloc.h: M_MMAP_THRESHOLD is -3, its value at most what an int holds; M_TRIM_THRESHOLD is -1, and -1 never trims.
+    return bool(mallopt(-3, 2**30)) and bool(mallopt(-1, -1))
+
+
+def return_freed_memory() -> None:
+    """Give what malloc keeps back to the system."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return  # no glibc: it was not kept
 
 
 def device_facts(device: Any) -> dict[str, Any]:
@@ -76,6 +150,7 @@ def isolated_job() -> Iterator[None]:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
         gc.collect()
+        return_freed_memory()
         if "torch" in sys.modules:
             import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.config import Config
 from lora_exp.data.load import Split, load_splits
 from lora_exp.data.tokenize import TokenizedData, tokenize_splits
-from lora_exp.machine import device_facts, isolated_job, peak_memory_bytes, reset_peak_memory
+from lora_exp.engine.store import ReferenceStore, default_path
+from lora_exp.machine import (
+    device_facts,
+    isolated_job,
+    keep_freed_memory,
+    peak_memory_bytes,
+    reset_peak_memory,
+    use_threads,
+)
 from lora_exp.models.source import adapter_dir, model_files
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
@@ -24,6 +33,8 @@ from lora_exp.training.checkpoints import checkpoint_to_resume
 from lora_exp.validation import validate
 
 if TYPE_CHECKING:
+    from lora_exp.engine.base import Engine
+    from lora_exp.engine.identity import Identity
     from lora_exp.models.policy import Policy
 
 
@@ -69,8 +80,19 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
         if (folder.path / "metrics.jsonl").exists():
             write_page(folder.path)
         raise
+    finally:
+        _check_base()
     show_result(folder.path)
     return objective
+
+
+def _check_base() -> None:
+    if "lora_exp.models.shared" not in sys.modules:
+        return
+    from lora_exp.models.shared import SHARED_BASE
+
+    if not SHARED_BASE.untouched():
+        console.note("this run changed the base weights; the next job of this process loads them afresh")
 
 
 def _run(
@@ -81,12 +103,18 @@ def _run(
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
 
+    from lora_exp.training.loop import choose_engine, make_trainer
+
+    keep_freed_memory()
+    console.say("machine", use_threads(config.engine.num_threads))
     reset_peak_memory()
     with model_files(config.model) as files:
         with folder.stage("data"):
             data = _tokenize(config, splits, files, folder)
         with folder.stage("model"):
             policy = _load(config, files, start, folder)
+            engine, work = choose_engine(config, folder, policy, data)
+            identity = _reference_identity(config, engine, policy, files)
     folder.note(
         recipe=config.recipe.name,
         model=config.model.pretrained_model_name_or_path,
@@ -96,7 +124,8 @@ def _run(
         device=device_facts(policy.device),
         trainable_parameters=policy.trainable_parameters,
         target_modules=policy.target_modules,
-        reference=_reference_facts(config, policy, data),
+        engine=engine.name,
+        reference={"model": policy.reference if config.recipe.needs_reference else None, "computed": 0, "reused": 0},
     )
 
     tracker = Guarded.start(config.tracker, info)
@@ -104,7 +133,11 @@ def _run(
     console.say("tracker", failed_to_start or tracker.where or "none")
     succeeded = False
     try:
-        final = _train(config, folder, policy, data, tracker, checkpoint)
+        trainer = make_trainer(config, folder, engine, work, data, tracker)
+        if identity is not None:
+            with folder.stage("reference"):
+                folder.note(reference=_reference(config, engine, trainer, policy, identity))
+        final = _train(config, folder, policy, data, trainer, checkpoint)
         objective = _objective(config, final)
         folder.note(objective=objective, peak_memory_bytes=peak_memory_bytes(policy.device))
         tracker.summarize({**final, "objective": objective})
@@ -165,25 +198,43 @@ def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> 
     return policy
 
 
-def _reference_facts(config: Config, policy: Policy, data: TokenizedData) -> dict[str, Any]:
-    if not config.recipe.needs_reference:
-        return {"model": None, "computed": 0, "reused": 0}
-    return {"model": policy.reference, "computed": sum(map(len, data.datasets.values())), "reused": 0}
+def _reference_identity(config: Config, engine: Engine, policy: Policy, files: str) -> Identity | None:
+    """Return the name of the reference model in the store; None where no reference is kept."""
+    if not (config.recipe.needs_reference and engine.keeps_reference):
+        return None
+    from lora_exp.engine.identity import reference_identity
+
+    with _store(config) as store:
+        return reference_identity(config, engine, policy, files, store.file_digest)
+
+
+def _reference(config: Config, engine: Engine, trainer: Any, policy: Policy, identity: Identity) -> dict[str, Any]:
+    """Give the trainer its reference and say where it came from."""
+    with _store(config) as store:
+        facts = engine.reference(trainer, store, identity)
+        if store.note:
+            console.note(store.note)
+    console.say("reference", f"{facts['computed']:,} rows computed, {facts['reused']:,} read from {store.path}")
+    return {"model": policy.reference, **facts}
+
+
+def _store(config: Config) -> ReferenceStore:
+    path = Path(config.store.path) if config.store.path else default_path()
+    return ReferenceStore(path, config.store.max_size)
 
 
 def _train(
-    config: Config, folder: RunFolder, policy: Policy, data: TokenizedData, tracker: Guarded, checkpoint: Path | None
+    config: Config, folder: RunFolder, policy: Policy, data: TokenizedData, trainer: Any, checkpoint: Path | None
 ) -> dict[str, float]:
     """Train, evaluate and save; return the final numbers."""
     from lora_exp.models.policy import save_adapter
-    from lora_exp.training.loop import evaluate, make_trainer, train
+    from lora_exp.training.loop import evaluate, train
     from lora_exp.training.samples import answer, fixed_prompts
 
     prompts = fixed_prompts(data, config.recipe.row_kind.answers[0], config.samples.num_prompts)
     length = config.samples.max_new_tokens
     with folder.stage("evaluate"):
         before = answer(policy.model, data.tokenizer, prompts, length)
-    trainer = make_trainer(config, folder, policy, data, tracker)
     with folder.stage("train"):
         final = train(trainer, checkpoint)
     with folder.stage("evaluate"):

@@ -43,7 +43,7 @@ def check(composed: DictConfig) -> tuple[Config | None, list[Problem]]:
     rules: list[Rule] = list(Config.rules)
     invalid = set(missing)
     section_types = {name: field.annotation for name, field in Config.model_fields.items()}
-    for name in ("recipe", "tracker"):
+    for name in ("recipe", "engine", "tracker"):
         section_types[name] = _named_class(raw.get(name), name, problems)
     for name, section_type in section_types.items():
         if not (isinstance(section_type, type) and issubclass(section_type, Section)):

@@ -1,4 +1,4 @@
-"""What the tests share. No test reads or fills the user's caches, or asks the hub for anything."""
+"""What the tests share. No test asks the hub for anything, or fills the user's caches; fetched models are read."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ os.environ["HF_HOME"] = _hub_cache.name
 
 from lora_exp.compose import Composer  # noqa: E402
 from lora_exp.config import register_resolvers  # noqa: E402
+from lora_exp.models.source import cache_dir  # noqa: E402
+
+_cache = Path(_hub_cache.name) / "lora_exp"
+_cache.mkdir()
+if (cache_dir() / "models").is_dir():
+    (_cache / "models").symlink_to((cache_dir() / "models").resolve())
+os.environ["LORA_EXP_CACHE"] = str(_cache)
 
 settings.register_profile("lora_exp", deadline=None, max_examples=40)
 settings.load_profile("lora_exp")

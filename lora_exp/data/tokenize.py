@@ -6,7 +6,7 @@ otherwise, so that the words next to the answer stay), then each answer at its e
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -50,6 +50,8 @@ class SplitReport:
     cut_answer_tokens: int = 0
     prompt_lengths: list[int] = field(default_factory=list)
     answer_lengths: list[int] = field(default_factory=list)
+    longest_row: int = 0
+    """Tokens of a prompt with the longest of its answers."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for `data_report.json`, lengths as min, median and max over what was kept."""
@@ -70,6 +72,11 @@ class TokenizedData:
     splits: dict[str, Split]
     datasets: dict[str, Dataset]
     reports: dict[str, SplitReport]
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row of all splits."""
+        return max(report.longest_row for report in self.reports.values())
 
     def require_rows(self) -> None:
         """Check that every split has something left to learn from, or to evaluate on.
@@ -99,7 +106,7 @@ def use_chat_template(setting: bool | str, tokenizer: Any) -> bool:
 def tokenize_splits(
     splits: dict[str, Split], answers: tuple[str, ...], tokenizer: Any, limits: Limits, chat_template: bool | str
 ) -> TokenizedData:
-    """Tokenise every split.
+    """Tokenise every split, or find what an earlier job of this process made of the same rows.
 
     Args:
         splits: Rows of strings.
@@ -115,10 +122,27 @@ def tokenize_splits(
         problem = Problem("data.chat_template", "the tokenizer has no chat template", "data.chat_template=auto")
         raise UserError("the rows cannot be tokenised", [problem])
     template = use_chat_template(chat_template, tokenizer)
+    asked = (answers, limits, template, _fingerprint(tokenizer))
+    for before, data in _KEPT:
+        if before == asked and data.splits == splits:
+            return data
     datasets, reports = {}, {}
     for name, split in splits.items():
         datasets[name], reports[name] = tokenize_split(split.rows, answers, tokenizer, limits, template, split.source)
-    return TokenizedData(tokenizer, splits, datasets, reports)
+    data = TokenizedData(tokenizer, splits, datasets, reports)
+    _KEPT.append((asked, data))
+    return data
+
+
+_KEPT: deque[tuple[Any, TokenizedData]] = deque(maxlen=4)
+"""What the last jobs of this process trained on; a sweep over `max_length` goes to and fro between a few."""
+
+
+def _fingerprint(tokenizer: Any) -> tuple[Any, ...]:
+    """Return what decides how a text becomes ids; a tokenizer that cannot say it equals no other."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    how = backend.to_str() if backend is not None else object()
+    return how, tokenizer.chat_template, tokenizer.eos_token
 
 
 def tokenize_split(
@@ -208,6 +232,7 @@ def _cut(prompt: Ids, completions: list[Ids], limits: Limits, report: SplitRepor
         report.cut_answer_tokens += len(whole) - len(part)
     report.prompt_lengths.append(len(short_prompt))
     report.answer_lengths += [len(ids) for ids in short]
+    report.longest_row = max(report.longest_row, len(short_prompt) + max(map(len, short)))
     return [short_prompt, *short]
 
 

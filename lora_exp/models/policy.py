@@ -12,10 +12,15 @@ from lora_exp.config import Config, LoraConfig, ModelConfig, QuantConfig
 from lora_exp.errors import Problem, UserError
 from lora_exp.models.bitsandbytes import keep_differentiable
 from lora_exp.models.precision import Precision, choose_device, choose_precision
+from lora_exp.models.shared import SHARED_BASE, base_key
 from lora_exp.models.targets import choose_targets, linear_layers, uses_conv1d
 
 Reference = Literal["adapter off", "start adapter"]
 """What a reference model is: the base alone, or a frozen copy of the adapter as it was at the start."""
+
+
+WRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of `lora.init_lora_weights` with which PEFT 0.21 changes the base weights (`tuners/lora/layer.py`)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Policy:
         total_parameters: All of them, the base's counted unquantised.
         notes: What the user should know of how it came about.
         initial: The adapter as it was at the start, where it took a part of the base into itself (PiSSA).
+        start: The folder of the adapter that the reference keeps, None where it is the base alone.
     """
 
     model: Any
@@ -41,6 +47,7 @@ class Policy:
     total_parameters: int
     notes: tuple[str, ...] = ()
     initial: Path | None = None
+    start: Path | None = None
 
     @property
     def device(self) -> Any:
@@ -61,9 +68,27 @@ def load_policy(config: Config, files: str, start: Path | None, scratch: Path) -
 
     device = choose_device(config.trainer)
     precision = choose_precision(config.trainer, device)
+
+    def load() -> Any:
+        return load_base(config.model, config.quant, precision, device, files)
+
+    if writes_into_base(config.lora):
+        SHARED_BASE.forget()
+        base = load()
+    else:
+        key = base_key(config.model, config.quant, config.model.dtype or precision.dtype, device, files)
+        base = SHARED_BASE.get(key, load)
+    # After loading: the adapter is the same whether or not the base was there already.
     set_seed(config.seed)
-    base = load_base(config.model, config.quant, precision, device, files)
     return attach_adapter(base, config, precision, start, scratch)
+
+
+def writes_into_base(lora: LoraConfig) -> bool:
+    """Whether the adapter starts by moving a part of the base into itself.
+
+    With it off, the base is then no longer the model that one started from.
+    """
+    return isinstance(lora.init_lora_weights, str) and lora.init_lora_weights.startswith(WRITING_INITS)
 
 
 def load_tokenizer(config: ModelConfig, files: str) -> Any:
@@ -146,11 +171,10 @@ def attach_adapter(base: Any, config: Config, precision: Precision, start: Path 
         arguments["fan_in_fan_out"] = True
     lora = instantiate(arguments, task_type="CAUSAL_LM", _convert_="all")
     model = get_peft_model(base, lora)
-    # PiSSA and its like move a part of the base into the adapter: with it off, the base is no longer the model
-    # that one started from, so only the start adapter can be the reference.
-    if not str(config.lora.init_lora_weights).startswith("pissa"):
+    if not writes_into_base(config.lora):
         return _policy(model, precision, "adapter off")
-    policy = _policy(model, precision, "start adapter", initial=scratch / "initial_adapter")
+    initial = scratch / "initial_adapter"
+    policy = _policy(model, precision, "start adapter", initial=initial, start=initial)
     lora = model.peft_config["default"]
     # PEFT converts on saving only if the initial adapter does not ask for PiSSA itself.
     wanted, lora.init_lora_weights = lora.init_lora_weights, True
@@ -174,7 +198,7 @@ def _with_trained_adapter(base: Any, lora: LoraConfig, precision: Precision, sta
         if getattr(own, name) != value
     ]
     note = (f"the adapter brings its own shape (r={own.r}); not used: {' '.join(ignored)}",) if ignored else ()
-    return _policy(model, precision, "start adapter", note)
+    return _policy(model, precision, "start adapter", note, start=start)
 
 
 def _policy(
@@ -183,6 +207,7 @@ def _policy(
     reference: Reference,
     notes: tuple[str, ...] = (),
     initial: Path | None = None,
+    start: Path | None = None,
 ) -> Policy:
     # Only the trained adapter is written, in checkpoints too: a reference's copy comes from the start again. No
     # embedding trains, and PEFT would ask the hub about it at every save.
@@ -190,7 +215,7 @@ def _policy(
     trainable, total = model.get_nb_trainable_parameters()
     targets = model.peft_config["default"].target_modules
     targets = [targets] if isinstance(targets, str) else sorted(targets)
-    return Policy(model, precision, reference, targets, trainable, total, notes, initial)
+    return Policy(model, precision, reference, targets, trainable, total, notes, initial, start)
 
 
 def save_adapter(policy: Policy, tokenizer: Any, folder: Path) -> None:

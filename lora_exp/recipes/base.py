@@ -15,6 +15,7 @@ from lora_exp.rules import Rule
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lora_exp.engine.base import Engine
     from lora_exp.models.policy import Policy
 
 
@@ -76,9 +77,15 @@ class Recipe(Section, ABC):
         """The recipe's part of the TRL config, fields added with `+recipe.name=value` included."""
         return self.model_dump(exclude=set(self.own_keys))
 
+    @property
+    def compares_examples(self) -> bool:
+        """Whether the loss of an example depends on the others of its batch."""
+        return False
+
     @abstractmethod
     def trainer(
         self,
+        engine: Engine,
         policy: Policy,
         tokenizer: Any,
         datasets: dict[str, Dataset],
@@ -88,6 +95,7 @@ class Recipe(Section, ABC):
         """Return the TRL trainer.
 
         Args:
+            engine: How it computes.
             policy: What is trained.
             tokenizer: Pads batches, and is saved with each checkpoint.
             datasets: `train` and perhaps `val`, as `tokenize_split` makes them.

@@ -14,6 +14,7 @@ from lora_exp.rules import Rule
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lora_exp.engine.base import Engine
     from lora_exp.models.policy import Policy
 
 LOSS_TYPES = (
@@ -23,6 +24,8 @@ LOSS_TYPES = (
 """TRL 1.16's, `DPOTrainer._compute_loss`."""
 F_DIVERGENCE_LOSS_TYPES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 """Those for which the f-DPO normaliser cancels (TRL 1.16, `DPOTrainer.__init__`)."""
+SORTING_LOSS_TYPES = {"aot", "aot_unpaired"}
+"""Those that compare the sorted log-ratios of a batch, so that each pair's loss depends on the others."""
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
@@ -96,7 +99,7 @@ class DPO(Recipe):
         ),
         Rule(
             ("recipe.use_weighting", "recipe.loss_type"),
-            lambda weighting, kind: weighting is True and bool({"aot", "aot_unpaired"} & set(loss_types(kind))),
+            lambda weighting, kind: weighting is True and not SORTING_LOSS_TYPES.isdisjoint(loss_types(kind)),
             "WPO weighting does not go with the aot losses, which sort the batch",
             "recipe.use_weighting=false",
         ),
@@ -108,8 +111,14 @@ class DPO(Recipe):
         ),
     )
 
+    @property
+    def compares_examples(self) -> bool:
+        """Whether a loss sorts the pairs of a batch."""
+        return not SORTING_LOSS_TYPES.isdisjoint(loss_types(self.loss_type))
+
     def trainer(
         self,
+        engine: Engine,
         policy: Policy,
         tokenizer: Any,
         datasets: dict[str, Dataset],
@@ -121,7 +130,7 @@ class DPO(Recipe):
 
         from lora_exp.recipes.trl import TokenizedDPOTrainer
 
-        return TokenizedDPOTrainer(
+        return engine.trainer_class(TokenizedDPOTrainer)(
             reference=policy.reference,
             model=policy.model,
             args=DPOConfig(**arguments, **self.trl_fields),

@@ -10,6 +10,7 @@ from lora_exp.recipes.base import Recipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lora_exp.engine.base import Engine
     from lora_exp.models.policy import Policy
 
 IGNORED = -100
@@ -29,6 +30,7 @@ class SFT(Recipe):
 
     def trainer(
         self,
+        engine: Engine,
         policy: Policy,
         tokenizer: Any,
         datasets: dict[str, Dataset],
@@ -42,7 +44,7 @@ class SFT(Recipe):
 
         args = SFTConfig(**arguments, **self.trl_fields, dataset_kwargs={"skip_prepare_dataset": True})
         labelled = {split: with_labels(dataset) for split, dataset in datasets.items()}
-        return TokenizedSFTTrainer(
+        return engine.trainer_class(TokenizedSFTTrainer)(
             model=policy.model,
             args=args,
             train_dataset=labelled["train"],

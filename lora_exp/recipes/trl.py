@@ -20,6 +20,10 @@ class _Quiet:
 class TokenizedSFTTrainer(_Quiet, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer over `input_ids` and `labels`."""
 
+    def scored_labels(self, inputs: dict[str, Any]) -> Any:
+        """Return the labels [N, L] of a batch, -100 where a token carries no loss."""
+        return inputs["labels"]
+
 
 class TokenizedDPOTrainer(_Quiet, DPOTrainer):  # type: ignore[misc]
     """DPOTrainer over `prompt_ids`, `chosen_ids`, `rejected_ids`, with the reference that is asked for.
@@ -59,3 +63,7 @@ class TokenizedDPOTrainer(_Quiet, DPOTrainer):  # type: ignore[misc]
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Take the rows as they are: they were tokenised and cut in `lora_exp.data.tokenize`."""
         return dataset
+
+    def scored_labels(self, inputs: dict[str, Any]) -> Any:
+        """Return the labels [N, L] of a batch, -100 where a token carries no loss, as `_compute_loss` makes them."""
+        return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)

@@ -64,6 +64,26 @@ def _spread(lengths: Mapping[str, float]) -> str:
     return f"{lengths['min']:g}/{lengths['median']:g}/{lengths['max']:g}"
 
 
+class Steps:
+    """A progress bar, on a terminal, for work before training; use as a context."""
+
+    def __init__(self, name: str, total: int) -> None:
+        columns = (TextColumn(f"{name:>9} "), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.progress.add_task(name, total=total)
+
+    def __enter__(self) -> Steps:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def advance(self) -> None:
+        """Move the bar by one."""
+        self.progress.advance(self.task)
+
+
 class TrainingDisplay:
     """One progress bar (on a terminal) and a line for every logged step.
 

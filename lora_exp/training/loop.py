@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import Config
+from lora_exp.engine.base import Engine, Work
 from lora_exp.errors import Problem, UserError
+from lora_exp.reports import console
 from lora_exp.reports.console import TrainingDisplay
 from lora_exp.run_folder import RunFolder
 from lora_exp.tracking.base import ActiveRun
@@ -18,12 +20,23 @@ if TYPE_CHECKING:
     from lora_exp.models.policy import Policy
 
 
+def choose_engine(config: Config, folder: RunFolder, policy: Policy, data: TokenizedData) -> tuple[Engine, Work]:
+    """Settle what the machine decides: the engine and its micro-batch, gradient checkpointing. Each is said aloud."""
+    from lora_exp.engine.settings import choose_checkpointing
+
+    arguments = training_arguments(config, policy.precision, folder.checkpoints, policy.device.type == "cpu")
+    work = Work(policy, config.recipe, arguments, data.longest_row)
+    engine, line = config.engine.suited_to(work)
+    console.say("engine", line)
+    wanted = config.trainer.gradient_checkpointing
+    checkpointing = choose_checkpointing(wanted, policy.model, engine.tokens_at_once(work))
+    arguments["gradient_checkpointing"] = checkpointing.value
+    console.say("memory", f"activations {'recomputed' if checkpointing.value else 'kept'}: {checkpointing.reason}")
+    return engine, work
+
+
 def make_trainer(
-    config: Config,
-    folder: RunFolder,
-    policy: Policy,
-    data: TokenizedData,
-    tracker: ActiveRun,
+    config: Config, folder: RunFolder, engine: Engine, work: Work, data: TokenizedData, tracker: ActiveRun
 ) -> Any:
     """Return the recipe's trainer with our callbacks in place of the library's printing.
 
@@ -32,18 +45,18 @@ def make_trainer(
     """
     from transformers import PrinterCallback
 
-    arguments = training_arguments(config, policy.precision, folder.checkpoints, policy.device.type == "cpu")
     callbacks = [
         MetricsFile(folder.path / "metrics.jsonl"),
         TrackerFeed(tracker),
         Display(TrainingDisplay(config.recipe.headline)),
     ]
     try:
-        trainer = config.recipe.trainer(policy, data.tokenizer, data.datasets, arguments, callbacks)
+        trainer = config.recipe.trainer(engine, work.policy, data.tokenizer, data.datasets, work.arguments, callbacks)
     except (ValueError, TypeError, NotImplementedError) as error:
         problem = Problem("trainer or recipe", str(error))
         raise UserError(f"{config.recipe.library_class} refuses the config", [problem]) from error
     trainer.remove_callback(PrinterCallback)
+    engine.equip(trainer, work)
     return trainer
 
 

@@ -19,7 +19,7 @@ def lora_exp(*arguments: str, cwd: Path, **environment: str) -> subprocess.Compl
     return subprocess.run(
         [sys.executable, "-m", "lora_exp", *arguments],
         cwd=cwd,
-        # A home of its own: whoever is logged in to W        env={**{keyB must not see test runs there.
+        # A home of its own: whoever is logged in to W&B must not see test runs there.
         env={
             "HOME": str(cwd),
             **{key: os.environ[key] for key in os.environ if not key.startswith(("WANDB_", "HOME"))},

@@ -1,0 +1,67 @@
+"""What every engine has in common: how the numbers under TRL's losses are computed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from lora_exp.config import Section
+
+if TYPE_CHECKING:
+    from lora_exp.engine.identity import Identity
+    from lora_exp.engine.store import ReferenceStore
+    from lora_exp.models.policy import Policy
+    from lora_exp.recipes.base import Recipe
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine has to compute.
+
+    Args:
+        policy: What is trained.
+        recipe: What is learned.
+        arguments: Fields of `transformers.TrainingArguments`.
+        longest: Tokens of the longest row.
+    """
+
+    policy: Policy
+    recipe: Recipe
+    arguments: dict[str, Any]
+    longest: int
+
+
+class Engine(Section, ABC):
+    """The keys of an engine, and how it computes."""
+
+    name: ClassVar[str]
+    keeps_reference: ClassVar[bool] = False
+    """Whether `reference` reads and writes the store; otherwise TRL computes it in each step."""
+    target: str = Field(alias="_target_")
+    num_threads: int | Literal["auto"] = "auto"
+
+    def suited_to(self, work: Work) -> tuple[Engine, str]:  # noqa: ARG002
+        """Return the engine that computes this exactly, itself wherever it can, and the line that says why."""
+        return self, self.name
+
+    @abstractmethod
+    def tokens_at_once(self, work: Work) -> int:
+        """Return the most tokens whose activations are alive together."""
+
+    @abstractmethod
+    def trainer_class(self, trainer: type[Any]) -> type[Any]:
+        """Return a TRL trainer class that computes as this engine does."""
+
+    def equip(self, trainer: Any, work: Work) -> None:
+        """Give a trainer of `trainer_class` what it needs before its first step."""
+
+    def reference(self, trainer: Any, store: ReferenceStore, identity: Identity) -> dict[str, int]:  # noqa: ARG002
+        """Give the trainer the reference log-probabilities of its rows.
+
+        Returns:
+            How many rows were `computed` and how many `reused`.
+        """
+        return {"computed": len(trainer.train_dataset) + len(trainer.eval_dataset or ()), "reused": 0}

@@ -1,0 +1,140 @@
+"""Whether the packed computation is exact for a run, found out before the first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lora_exp.engine.forward import PackedForward
+from lora_exp.engine.packing import IGNORED, Family, Row, pack
+
+if TYPE_CHECKING:
+    from lora_exp.engine.base import Work
+    from lora_exp.recipes.base import Recipe
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+"""`config.layer_types` that see nothing but earlier tokens through attention."""
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""How far hidden states may lie apart, as a share of their size; a token that sees one it should not moves them more.
+Half precision: `HALF_TOLERANCE`."""
+HALF_TOLERANCE = 0.06
+
+
+def reason_against(work: Work) -> str | None:
+    """Return why the packed computation would not be exact, or None.
+
+    What the config tells is asked first; then a few random rows are computed both ways on the model itself.
+    """
+    base = work.policy.model.get_base_model()
+    return (
+        _of_arguments(work.arguments)
+        or _of_architecture(base)
+        or _of_dropout(base, work.recipe)
+        or _of_head(base)
+        or _of_probe(base, work.longest)
+    )
+
+
+def _of_arguments(arguments: dict[str, Any]) -> str | None:
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        return "several processes train together, which only it has been tried with"
+    if arguments.get("label_smoothing_factor"):
+        return "trainer.label_smoothing_factor needs the logits of every token"
+    if arguments.get("torch_compile"):
+        return "trainer.torch_compile wants batches of one shape"
+    return None
+
+
+def _of_architecture(base: Any) -> str | None:
+    config = base.config.get_text_config()
+    if config is not base.config:
+        return f"{base.config.model_type} is a multimodal model"
+    unknown = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    if unknown:
+        return f"{config.model_type} has {', '.join(sorted(unknown))} layers"
+    if getattr(config, "output_router_logits", False):
+        return "the router's loss of a mixture of experts is taken over padded batches"
+    return None
+
+
+def _of_dropout(base: Any, recipe: Recipe) -> str | None:
+    """Attention dropout falls on weights that only sdpa computes."""
+    config = base.config.get_text_config()
+    share = max(getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attn_pdrop"))
+    if share and not getattr(recipe, "disable_dropout", False):
+        return f"{config.model_type} drops {share:.0%} of its attention weights in training"
+    return None
+
+
+def _of_head(base: Any) -> str | None:
+    head = base.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        return f"its output layer is a {type(head).__name__}"
+    if head.weight.requires_grad:
+        return "its output layer is trained"
+    return None
+
+
+def _of_probe(base: Any, longest: int) -> str | None:
+    """Compute random rows packed and one by one, and compare their last hidden states."""
+    before = base.config._attn_implementation
+    training = base.training
+    base.eval()
+    try:
+        reason = _compare(base, _random_families(base, longest))
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{base.config.model_type}: {str(error).splitlines()[0]}"
+    finally:
+        base.train(training)
+    if reason is not None:
+        base.set_attn_implementation(before)
+    return reason
+
+
+def _random_families(base: Any, longest: int) -> list[Family]:
+    """Return two pairs and a row; where a window is shorter than the longest row, the row is longer than it."""
+    config = base.config.get_text_config()
+    random = np.random.default_rng(0)
+    window = getattr(config, "sliding_window", None)
+    long = window + 8 if window and window < longest else 24
+
+    def row(prefix: Any, length: int) -> Row:
+        own = random.integers(0, config.vocab_size, length)
+        ids = np.concatenate([prefix, own]).astype(np.int64)
+        return Row(0, ids, np.full(len(ids), IGNORED))
+
+    nothing = np.empty(0, dtype=np.int64)
+    prompts = [random.integers(0, config.vocab_size, 9) for _ in range(2)]
+    pairs = [Family((row(prompt, 5), row(prompt, 7))) for prompt in prompts]
+    return [*pairs, Family((row(nothing, long),))]
+
+
+def _compare(base: Any, members: list[Family]) -> str | None:
+    with torch.no_grad():
+        packed = PackedForward(base).hidden(pack(members))
+        start, worst = 0, 0.0
+        for family in members:
+            branch = start + family.prefix
+            for row, own in zip(family.rows, family.branches, strict=True):
+                alone = base.base_model(
+                    input_ids=torch.from_numpy(row.ids)[None].to(base.device), use_cache=False
+                ).last_hidden_state[0]
+                together = torch.cat([packed[start : start + family.prefix], packed[branch : branch + own]])
+                worst = max(worst, float((together - alone).norm() / alone.norm()))
+                branch += own
+            start += len(family)
+    allowed = TOLERANCE.get(packed.dtype, HALF_TOLERANCE)
+    if _quantised(base):
+        allowed = max(allowed, HALF_TOLERANCE)
+    if not worst <= allowed:
+        return f"on random rows {base.config.model_type} computes something else packed (off by {worst:.1%})"
+    return None
+
+
+def _quantised(base: Any) -> bool:
+    return getattr(base, "quantization_method", None) is not None
