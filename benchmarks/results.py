@@ -37,3 +37,9 @@ def write_results(table: Table, counts: dict[str, Any], arguments: argparse.Name
         *("| " + " | ".join(map(str, row)) + " |" for row in zip(*cells, strict=True)),
     ]
     RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def append_sweep(line: str) -> None:
+    """Add the figures of a sweep, in place of earlier ones."""
+    kept = RESULTS.read_text(encoding="utf-8").partition("\n## Sweep\n")[0] if RESULTS.is_file() else "# Results\n"
+    RESULTS.write_text(f"{kept.rstrip()}\n\n## Sweep\n\n{line}\n", encoding="utf-8")

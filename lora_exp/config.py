@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
 
 from lora_exp.help_page import help_page
 from lora_exp.rules import Rule
@@ -251,18 +251,25 @@ def _trains_only(val_file: str | None, splits_dir: str | None, val_split: str | 
     return any(train) and not (val_file or splits_dir or val_split)
 
 
+SIZE = "a size with its unit, such as 2GB or 500MB"
+
+
 class StoreConfig(Section):
     """Where reference log-probabilities are kept between runs."""
 
     path: str | None
     max_size: ByteSize
 
-    @field_validator("max_size", mode="before")
+    @field_validator("max_size", mode="wrap")
     @classmethod
-    def _with_unit(cls, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise ValueError("a size with its unit, such as 2GB or 500MB")
-        return value
+    def _with_unit(cls, value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            size = parse(value)
+        except ValueError as error:
+            raise ValueError(SIZE) from error
+        if size <= 0:
+            raise ValueError(SIZE)
+        return size
 
 
 class Config(Section):

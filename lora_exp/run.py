@@ -100,6 +100,8 @@ def _run(
 ) -> float | None:
     quiet_libraries()
     console.header(_header(config, launch))
+    if _keeps_reference(config, config.engine):
+        _store(config).close()  # a place that cannot be written is told before anything is loaded
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
 
@@ -198,9 +200,13 @@ def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> 
     return policy
 
 
+def _keeps_reference(config: Config, engine: Engine) -> bool:
+    return bool(config.recipe.needs_reference and engine.keeps_reference)
+
+
 def _reference_identity(config: Config, engine: Engine, policy: Policy, files: str) -> Identity | None:
     """Return the name of the reference model in the store; None where no reference is kept."""
-    if not (config.recipe.needs_reference and engine.keeps_reference):
+    if not _keeps_reference(config, engine):
         return None
     from lora_exp.engine.identity import reference_identity
 

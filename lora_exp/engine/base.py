@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -41,7 +41,7 @@ class Engine(Section, ABC):
     keeps_reference: ClassVar[bool] = False
     """Whether `reference` reads and writes the store; otherwise TRL computes it in each step."""
     target: str = Field(alias="_target_")
-    num_threads: int | Literal["auto"] = "auto"
+    num_threads: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
 
     def suited_to(self, work: Work) -> tuple[Engine, str]:  # noqa: ARG002
         """Return the engine that computes this exactly, itself wherever it can, and the line that says why."""

@@ -77,6 +77,7 @@ class _AddLora(torch.autograd.Function):  # type: ignore[misc]
         flat = grad.reshape(-1, grad.shape[-1])
         dmiddle = (flat @ b) * ctx.scaling
         da = dmiddle.mT @ x.reshape(-1, x.shape[-1])
-        db = (flat.mT @ middle.view(-1, middle.shape[-1])) * ctx.scaling
+        # Few rows by many columns: the transposed product is a third slower.
+        db = (middle.view(-1, middle.shape[-1]).mT @ flat).mT * ctx.scaling
         dx = (dmiddle @ a).view(x.shape) if ctx.needs_input_grad[1] else None
         return grad, dx, da.to(ctx.dtype), db.to(ctx.dtype), None
