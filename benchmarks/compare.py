@@ -160,10 +160,9 @@ def main() -> None:
             if arguments.only in name:
                 rows.append((name, case, run_pairs(case, arguments.repeats)))
                 console.print(table_of(rows[-1:], rates))
-    table = table_of(rows, rates)
-    console.print(table)
-    if arguments.write:
-        write_results(table, counts, arguments, device)
+                if arguments.write:  # after each case: what was measured is not lost with what follows
+                    write_results(table_of(rows, rates), counts, arguments, device)
+    console.print(table_of(rows, rates))
 
 
 if __name__ == "__main__":

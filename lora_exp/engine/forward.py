@@ -35,7 +35,7 @@ class PackedForward:
         """Return the last hidden states of a flat row [T, hidden]."""
         device = self.base.device
         # Recomputing a checkpointed layer happens outside the block, and must compute the same.
-        with nullcontext() if self.base.is_gradient_checkpointing else fused_lora(self.base):
+        with nullcontext() if _recomputes(self.base) else fused_lora(self.base):
             output = self.base.base_model(
                 input_ids=torch.from_numpy(row.ids)[None].to(device),
                 position_ids=torch.from_numpy(row.positions)[None].to(device),
@@ -52,6 +52,11 @@ class PackedForward:
         device = self.base.device
         hidden = self.hidden(row)[torch.from_numpy(row.scored).to(device)]
         return score_tokens(hidden, head_of(self.base), torch.from_numpy(row.targets).to(device), self.squares)
+
+
+def _recomputes(base: Any) -> bool:
+    """Whether some layer's activations are computed again in the backward pass (`GradientCheckpointingLayer`)."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
 def head_of(base: Any) -> Head:

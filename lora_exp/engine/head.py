@@ -109,10 +109,13 @@ def _fold(
     mean, is_first = z.mean(-1), _is_first(z, targets, chosen >= largest)
     # Probabilities below 1e-38 would be subnormal numbers, on which processors are twenty times slower; at e^-80 of
     # the largest they are as far below float32's resolution as before.
-    p = torch.maximum(z, largest[:, None] - 80, out=z).softmax(-1)
-    # The largest logit's share is 1 / sum(exp(z - largest)), which the softmax has computed already.
-    log_total = largest - p.amax(-1).log()
-    entropy = log_total - torch.linalg.vecdot(p, z)
+    torch.maximum(z, largest[:, None] - 80, out=z)
+    # Step by step as TRL does it, so that the sums are rounded alike and the losses agree to the last bit.
+    p = torch.sub(z, largest[:, None]).exp_()
+    total = p.sum(-1)
+    log_total = largest + total.log()
+    entropy = log_total - (p * z).sum(-1) / total
+    p /= total[:, None]
     numbers = chosen - log_total, entropy, mean, is_first, _log_sum_squares(p) if squares else torch.zeros_like(mean)
     if not slope:
         return numbers, None

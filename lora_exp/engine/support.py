@@ -32,9 +32,10 @@ def reason_against(work: Work) -> str | None:
     return (
         _of_arguments(work.arguments)
         or _of_architecture(base)
+        or _of_router(base.config.get_text_config(), work.recipe)
         or _of_dropout(base, work.recipe)
         or _of_head(base)
-        or _of_probe(base, work.longest)
+        or _of_probe(base, work.longest, getattr(work.recipe, "disable_dropout", False))
     )
 
 
@@ -57,7 +58,14 @@ def _of_architecture(base: Any) -> str | None:
     unknown = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
     if unknown:
         return f"{config.model_type} has {', '.join(sorted(unknown))} layers"
-    if getattr(config, "output_router_logits", False):
+    return None
+
+
+def _of_router(config: Any, recipe: Recipe) -> str | None:
+    """TRL adds the router's loss wherever a config can tell it and gives it a share, asked for or not."""
+    share = recipe.trl_fields.get("router_aux_loss_coef")
+    share = getattr(config, "router_aux_loss_coef", 0.0) if share is None else share
+    if hasattr(config, "output_router_logits") and share:
         return "the router's loss of a mixture of experts is taken over padded batches"
     return None
 
@@ -80,13 +88,16 @@ def _of_head(base: Any) -> str | None:
     return None
 
 
-def _of_probe(base: Any, longest: int) -> str | None:
+def _of_probe(base: Any, longest: int, no_dropout: bool) -> str | None:
     """Compute random rows packed and one by one, and compare their last hidden states."""
     before = base.config._attn_implementation
     training = base.training
     base.eval()
     try:
-        reason = _compare(base, _random_families(base, longest))
+        members = _random_families(base, longest)
+        reason = _compare(base, members)
+        if reason is None:
+            _train_once(base, members, no_dropout)
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{base.config.model_type}: {str(error).splitlines()[0]}"
     finally:
@@ -134,6 +145,23 @@ def _compare(base: Any, members: list[Family]) -> str | None:
     if not worst <= allowed:
         return f"on random rows {base.config.model_type} computes something else packed (off by {worst:.1%})"
     return None
+
+
+def _train_once(base: Any, members: list[Family], no_dropout: bool) -> None:
+    """Compute as in training, where an attention may drop weights that no field of the config names.
+
+    TRL's disable_dropout reaches layers alone; a share that is a number in the attention stays.
+    """
+    layers = [(layer, layer.p) for layer in base.modules() if isinstance(layer, torch.nn.Dropout)]
+    base.train()
+    try:
+        for layer, _ in layers:
+            layer.p = 0.0 if no_dropout else layer.p
+        with torch.no_grad(), torch.random.fork_rng():
+            PackedForward(base).hidden(pack(members))
+    finally:
+        for layer, share in layers:
+            layer.p = share
 
 
 def _quantised(base: Any) -> bool:

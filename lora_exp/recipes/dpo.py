@@ -104,6 +104,12 @@ class DPO(Recipe):
             "recipe.use_weighting=false",
         ),
         Rule(
+            ("recipe.use_weighting", "recipe.loss_type"),
+            lambda weighting, kind: weighting is True and "sft" in loss_types(kind),
+            "TRL 1.16 fails to weight the sft loss, which is one number for the whole batch",
+            "recipe.use_weighting=false, or leave sft out of recipe.loss_type",
+        ),
+        Rule(
             ("recipe.sync_ref_model",),
             lambda sync: sync is True,
             "a moving reference does not go with LoRA in TRL",

@@ -185,6 +185,7 @@ BREAKING_EXAMPLES = [
     ["recipe=dpo", "recipe.loss_type=[sigmoid,sft]", "recipe.loss_weights=[1.0]"],
     ["recipe=dpo", "recipe.loss_type=nca_pair", "recipe.f_divergence_type=forward_kl"],
     ["recipe=dpo", "recipe.loss_type=aot", "recipe.use_weighting=true"],
+    ["recipe=dpo", "recipe.loss_type=[sigmoid,sft]", "recipe.use_weighting=true"],
     ["recipe=dpo", "+recipe.sync_ref_model=true"],
 ]
 
