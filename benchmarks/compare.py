@@ -114,15 +114,15 @@ def cases(folder: Path, steps: int) -> list[tuple[str, Case]]:
     return [
         ("dpo bf16, short rows", short),
         ("dpo bf16, short rows, reference precomputed", replace(short, reference="precomputed")),
-        ("dpo bf16, all rows", long),
+        ("sft bf16, short rows", sft),
         ("dpo fp32, short rows", replace(short, dtype="float32")),
         ("dpo 8bit, short rows", replace(short, quant="8bit")),
         ("dpo 4bit, short rows", replace(short, quant="4bit")),
-        ("sft bf16, short rows", sft),
-        ("sft bf16, all rows", replace(sft, rows=folder / "all")),
         ("sft fp32, short rows", replace(sft, dtype="float32")),
         ("sft 8bit, short rows", replace(sft, quant="8bit")),
         ("sft 4bit, short rows", replace(sft, quant="4bit")),
+        ("sft bf16, all rows", replace(sft, rows=folder / "all")),
+        ("dpo bf16, all rows", long),
     ]
 
 
