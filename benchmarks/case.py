@@ -9,6 +9,7 @@ from pathlib import Path
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 BATCH = 8
+FILES = {"sft": "train.jsonl", "dpo": "train.dpo.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Case:
         max_length: Tokens of a row at most.
         reference: `each step` or `precomputed`; TRL's choice, ours is always kept.
         steps: Optimiser steps that are timed, after one that is not.
-        beta: DPO's.
+        beta: DPO's; None: the default of both sides, 0.1.
     """
 
     recipe: str
@@ -33,7 +34,7 @@ class Case:
     max_length: int = 512
     reference: str = "each step"
     steps: int = 3
-    beta: float = 0.1
+    beta: float | None = None
 
     def overrides(self, folder: Path) -> list[str]:
         """Return the case as this project's overrides."""
@@ -42,7 +43,7 @@ class Case:
             f"quant={self.quant}",
             "model=smollm2_135m",
             "data=splits",
-            f"data.train_file={self.rows / ('train.dpo.jsonl' if self.recipe == 'dpo' else 'train.jsonl')}",
+            f"data.train_file={self.rows / FILES[self.recipe]}",
             "data.splits_dir=null",
             "tracker=none",
             "trainer.eval_strategy=no",
@@ -52,17 +53,19 @@ class Case:
             f"recipe.max_length={self.max_length}",
             "samples.num_prompts=0",
             f"output_dir={folder}",
-            *([f"recipe.beta={self.beta}"] if self.recipe == "dpo" else []),
+            *([] if self.beta is None else [f"recipe.beta={self.beta}"]),
         ]
 
     def arguments(self) -> list[str]:
         """Return the case as a worker's command line."""
-        return [part for name, value in asdict(self).items() for part in (f"--{name}", str(value))]
+        given = [(name, value) for name, value in asdict(self).items() if value is not None]
+        return [part for name, value in given for part in (f"--{name}", str(value))]
 
 
 def parse() -> Case:
     """Read a worker's command line."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    types: dict[str, type] = {"Path": Path, "int": int, "float | None": float}
     for name, field in Case.__dataclass_fields__.items():
-        parser.add_argument(f"--{name}", type={"Path": Path, "int": int, "float": float}.get(str(field.type), str))
+        parser.add_argument(f"--{name}", type=types.get(str(field.type), str))
     return Case(**vars(parser.parse_args()))

@@ -50,18 +50,24 @@ def main() -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(files)
         lora = LoraConfig(**LORA, target_modules="all-linear", task_type="CAUSAL_LM")
-        rows = data.datasets["train"]
-        if case.recipe == "dpo":
-            args = DPOConfig(**common, beta=case.beta, precompute_ref_log_probs=case.reference == "precomputed")
-            trainer: Any = _Tokenized(
-                model=model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora
-            )
-        else:
-            args = SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True})
-            trainer = SFTTrainer(
-                model=model, args=args, train_dataset=with_labels(rows), processing_class=tokenizer, peft_config=lora
-            )
+        trainer = TRAINERS[case.recipe](
+            case, common, data.datasets["train"], model=model, processing_class=tokenizer, peft_config=lora
+        )
         train_and_report(trainer, model.device)
+
+
+def _dpo(case: Case, common: dict[str, Any], rows: Any, **parts: Any) -> Any:
+    beta = {} if case.beta is None else {"beta": case.beta}
+    args = DPOConfig(**common, **beta, precompute_ref_log_probs=case.reference == "precomputed")
+    return _Tokenized(args=args, train_dataset=rows, **parts)
+
+
+def _sft(_: Case, common: dict[str, Any], rows: Any, **parts: Any) -> Any:
+    args = SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True})
+    return SFTTrainer(args=args, train_dataset=with_labels(rows), **parts)
+
+
+TRAINERS = {"dpo": _dpo, "sft": _sft}
 
 
 def _device() -> str:

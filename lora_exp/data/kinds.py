@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from lora_exp.data.preference import CompletionRow, PreferenceRow
 from lora_exp.data.records import DataRecord
 
+IGNORED = -100
+"""The label of a token that carries no loss (torch.nn.CrossEntropyLoss's ignore_index)."""
+
 
 @dataclass(frozen=True)
 class RowKind:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
+from lora_exp.data.kinds import IGNORED
 from lora_exp.engine.attention import Layout, use_packed_attention
 from lora_exp.engine.head import Head, TokenScores, score_tokens
-from lora_exp.engine.packing import IGNORED, PackedRow, Row
+from lora_exp.engine.packing import PackedRow, Row
 from lora_exp.engine.peft import fused_lora
 
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")

@@ -12,8 +12,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-IGNORED = -100
-"""The label of a token that is not scored (torch.nn.CrossEntropyLoss's ignore_index)."""
+from lora_exp.data.kinds import IGNORED
 
 Ids = npt.NDArray[np.int64]
 

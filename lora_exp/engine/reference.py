@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
-from lora_exp.engine.packing import IGNORED, Family, Row, fill, pack
+from lora_exp.data.kinds import IGNORED
+from lora_exp.engine.packing import Family, Row, fill, pack
 from lora_exp.engine.store import ReferenceStore, row_key
 from lora_exp.reports.console import Steps
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lora_exp.data.kinds import IGNORED
 from lora_exp.engine.forward import PackedForward
-from lora_exp.engine.packing import IGNORED, Family, Row, pack
+from lora_exp.engine.packing import Family, Row, pack
 
 if TYPE_CHECKING:
     from lora_exp.engine.base import Work
@@ -98,6 +99,8 @@ def _of_probe(base: Any, longest: int, no_dropout: bool) -> str | None:
         reason = _compare(base, members)
         if reason is None:
             _train_once(base, members, no_dropout)
+    except torch.OutOfMemoryError:
+        raise  # the padded forward would need more, not less
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{base.config.model_type}: {str(error).splitlines()[0]}"
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_exp.data.kinds import COMPLETION
+from lora_exp.data.kinds import COMPLETION, IGNORED
 from lora_exp.recipes.base import Recipe
 
 if TYPE_CHECKING:
@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 
     from lora_exp.engine.base import Engine
     from lora_exp.models.policy import Policy
-
-IGNORED = -100
-"""The label of a token that carries no loss (torch.nn.CrossEntropyLoss's ignore_index)."""
 
 
 class SFT(Recipe):

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_exp.engine.packing import IGNORED, Family, Row, families, fill, pack
+from lora_exp.data.kinds import IGNORED
+from lora_exp.engine.packing import Family, Row, families, fill, pack
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 """Few different ones, so that rows often start alike."""
