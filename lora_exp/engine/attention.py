@@ -179,11 +179,29 @@ def _add_seen(total: torch.Tensor, block: Block, part: torch.Tensor) -> None:
 
 
 def _weights(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    scores = (queries.to(wide) * scale) @ keys.to(wide).mT
+    scores = _product(queries, keys)
+    scores *= scale
     by_head = scores.view(scores.shape[0], -1, *mask.shape)
     by_head += mask
     return scores.softmax(-1).to(queries.dtype)
+
+
+def _product(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return q k^T in float32 or wider.
+
+    A float32 number that came from bfloat16 goes back without loss, so a processor may multiply in bfloat16 and sum in
+    float32, at three times the rate.
+    """
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    if queries.device.type != "cpu" or queries.dtype != torch.bfloat16:
+        return queries.to(wide) @ keys.to(wide).mT
+    products: Any = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        return queries.to(wide) @ keys.to(wide).mT
+    finally:
+        products.fp32_precision = before
 
 
 def packed_attention(

@@ -15,6 +15,7 @@ from lora_exp.engine.attention import Layout, use_packed_attention
 from lora_exp.engine.head import Head, TokenScores, score_tokens
 from lora_exp.engine.packing import PackedRow, Row
 from lora_exp.engine.peft import fused_lora
+from lora_exp.models.bitsandbytes import computing_as_in_training
 
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -36,7 +37,8 @@ class PackedForward:
         """Return the last hidden states of a flat row [T, hidden]."""
         device = self.base.device
         # Recomputing a checkpointed layer happens outside the block, and must compute the same.
-        with nullcontext() if _recomputes(self.base) else fused_lora(self.base):
+        adapters = nullcontext() if _recomputes(self.base) else fused_lora(self.base)
+        with adapters, computing_as_in_training(self.base):
             output = self.base.base_model(
                 input_ids=torch.from_numpy(row.ids)[None].to(device),
                 position_ids=torch.from_numpy(row.positions)[None].to(device),

@@ -7,13 +7,18 @@ which the incoming gradient only scales. So the logits are computed once, not ag
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 TILE_BYTES = 24 * 2**20
-"""Of float32 logits at a time: what a processor's last cache holds."""
+"""Of logits at a time, for products with enough rows to run at full rate."""
+
+PIECE_BYTES = {"cpu": 12 * 2**20}
+"""Of float32 logits at a time between the two products of a tile: they are read a dozen times, from a processor's last
+cache. A whole tile on other devices."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +74,25 @@ class _ScoreTokens(torch.autograd.Function):  # type: ignore[misc]
         slope = hidden.new_empty(hidden.shape) if ctx.needs_input_grad[0] else None
         fields = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(5)]
         fields[3] = fields[3].bool()
-        rows = max(16, TILE_BYTES // (4 * weight.shape[0]))
+        vocabulary = weight.shape[0]
+        tile = hidden.new_empty(_rows(TILE_BYTES, weight.itemsize * vocabulary, hidden), vocabulary, dtype=dtype)
+        room = _Room(_rows(PIECE_BYTES.get(device, TILE_BYTES), 4 * vocabulary, tile), tile)
         with torch.autocast(device, enabled=False):
-            for first in range(0, len(hidden), rows):
-                part = slice(first, first + rows)
-                logits = hidden[part].to(dtype) @ weight.mT
+            for part in _slices(len(hidden), len(tile)):
+                logits = torch.mm(hidden[part].to(dtype), weight.mT, out=tile[: part.stop - part.start])
                 if head.bias is not None:
                     logits += head.bias.to(dtype)
-                numbers, dlogits = _fold(logits.float(), head, targets[part], slope is not None, squares)
-                for field, number in zip(fields, numbers, strict=True):
-                    field[part] = number
-                if slope is not None and dlogits is not None:
-                    slope[part] = logits.copy_(dlogits) @ weight
+                for piece in _slices(len(logits), len(room)):
+                    at = slice(part.start + piece.start, part.start + piece.stop)
+                    numbers, dlogits = _fold(
+                        *room.widened(logits[piece]), head, targets[at], slope is not None, squares
+                    )
+                    for field, number in zip(fields, numbers, strict=True):
+                        field[at] = number
+                    if dlogits is not None:
+                        logits[piece] = dlogits
+                if slope is not None:
+                    slope[part] = logits @ weight
         if slope is not None:
             ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(*fields[1:])
@@ -95,10 +107,35 @@ class _ScoreTokens(torch.autograd.Function):  # type: ignore[misc]
         return (slope * grad[:, None]).to(slope.dtype), None, None, None
 
 
+def _rows(wanted: int, row: int, available: torch.Tensor) -> int:
+    """Return how many rows of `row` bytes fill `wanted` bytes: at least 16, at most those of `available`."""
+    return max(1, min(len(available), max(16, wanted // row)))
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, length)) for first in range(0, length, step))
+
+
+class _Room:
+    """Two float32 matrices that every piece of the logits is computed in: fresh ones would be page faults."""
+
+    def __init__(self, rows: int, tile: torch.Tensor) -> None:
+        self.wide = None if tile.dtype == torch.float32 else tile.new_empty(rows, tile.shape[1], dtype=torch.float32)
+        self.probabilities = tile.new_empty(rows, tile.shape[1], dtype=torch.float32)
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    def widened(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits in float32, to be overwritten, and a place of the same shape."""
+        wide = logits if self.wide is None else self.wide[: len(logits)].copy_(logits)
+        return wide, self.probabilities[: len(logits)]
+
+
 def _fold(
-    z: torch.Tensor, head: Head, targets: torch.Tensor, slope: bool, squares: bool
+    z: torch.Tensor, p: torch.Tensor, head: Head, targets: torch.Tensor, slope: bool, squares: bool
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """Return the numbers of each row of logits, and d log p(target) / d logits if wanted. Overwrites `z`."""
+    """Return the numbers of each row of logits, and d log p(target) / d logits if wanted. Overwrites `z` and `p`."""
     if head.scale != 1.0:
         z *= head.scale
     if head.softcap is not None:
@@ -111,10 +148,11 @@ def _fold(
     # the largest they are as far below float32's resolution as before.
     torch.maximum(z, largest[:, None] - 80, out=z)
     # Step by step as TRL does it, so that the sums are rounded alike and the losses agree to the last bit.
-    p = torch.sub(z, largest[:, None]).exp_()
+    torch.sub(z, largest[:, None], out=p).exp_()
     total = p.sum(-1)
     log_total = largest + total.log()
-    entropy = log_total - (p * z).sum(-1) / total
+    products = torch.mul(p, z, out=z) if head.softcap is None else p * z
+    entropy = log_total - products.sum(-1) / total
     p /= total[:, None]
     numbers = chosen - log_total, entropy, mean, is_first, _log_sum_squares(p) if squares else torch.zeros_like(mean)
     if not slope:

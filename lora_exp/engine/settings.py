@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lora_exp.machine import free_memory_bytes
 from lora_exp.models.targets import linear_layers
 
-TOKENS = {"cpu": 2048, "cuda": 16384}
+TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens a micro-batch where memory is plenty. A processor's products run at full rate from some hundred rows on; a
 GPU wants more. More costs memory and gains nothing."""
 LEAST_TOKENS = 256
@@ -32,8 +32,15 @@ class Choice:
 def bytes_per_token(model: Any) -> int:
     """Return an estimate of what a backward pass keeps of one token."""
     base = model.get_base_model()
-    shapes = (tuple(base.get_submodule(name).weight.shape) for name in linear_layers(base) if "lora_" not in name)
-    return int(SAVED_PER_FEATURE * sum(map(sum, shapes)) * base.dtype.itemsize)
+    features = sum(_features(base.get_submodule(name)) for name in linear_layers(base) if "lora_" not in name)
+    return int(SAVED_PER_FEATURE * features * base.dtype.itemsize)
+
+
+def _features(layer: Any) -> int:
+    """Return a linear layer's inputs and outputs. Not of its weight's shape, which is flat in 4 bits."""
+    if hasattr(layer, "in_features"):
+        return int(layer.in_features + layer.out_features)
+    return sum(layer.weight.shape)  # transformers' Conv1D names none
 
 
 def choose_tokens(wanted: int | Literal["auto"], model: Any) -> Choice:

@@ -10,6 +10,7 @@ import torch
 from lora_exp.data.kinds import IGNORED
 from lora_exp.engine.forward import PackedForward
 from lora_exp.engine.packing import Family, Row, pack
+from lora_exp.models.bitsandbytes import computing_as_in_training, without_outliers
 
 if TYPE_CHECKING:
     from lora_exp.engine.base import Work
@@ -129,7 +130,7 @@ def _random_families(base: Any, longest: int) -> list[Family]:
 
 
 def _compare(base: Any, members: list[Family]) -> str | None:
-    with torch.no_grad():
+    with torch.no_grad(), computing_as_in_training(base), without_outliers(base):
         packed = PackedForward(base).hidden(pack(members))
         start, worst = 0, 0.0
         for family in members:
