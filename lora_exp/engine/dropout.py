@@ -13,7 +13,7 @@ import math
 import numpy as np
 import torch
 
-MUST_DROP = 1e-12
+NONE_EXPECTED = 1e-12
 """Expected dropped values below which none is."""
 
 
@@ -27,7 +27,7 @@ def dropped_places(size: int, share: float) -> torch.Tensor:
         share: At least 0 and below 1.
     """
     rate = -math.log1p(-share)
-    if size * rate < MUST_DROP:
+    if size * rate < NONE_EXPECTED:
         return torch.empty(0, dtype=torch.int64)
     random = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
     many = math.ceil(size * share + 6 * math.sqrt(size * share)) + 1  # enough but once in a billion times

@@ -485,6 +485,15 @@ class ReferenceStore:
 
     def _connect(self) -> None:
         """Open the file if it is a sound store of this version, as far as a glance can tell."""
+        try:
+            self._connect_to_what_stands_there()
+        except (UserError, sqlite3.OperationalError) as error:
+            # Another process has moved it aside since it was looked at: no refusal, and the new one is behind the lock.
+            if _file_id(self.path) != self._file_id:
+                raise _UnfitError from error
+            raise
+
+    def _connect_to_what_stands_there(self) -> None:
         # Taken before the file is opened: if it is exchanged in between, the new one is at least not taken for damaged.
         self._file_id = _file_id(self.path)
         if self._file_id is None:
