@@ -18,6 +18,10 @@ from lora_exp.models.policy import Policy
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
+ARITHMETIC = 2
+"""Counted up when the packed forward pass comes to compute other numbers, so that those kept before are not taken for
+its own. 2: 8-bit layers compute as in training."""
+
 FileDigest = Callable[[Path], str]
 
 
@@ -47,6 +51,7 @@ def reference_identity(config: Config, engine: Engine, policy: Policy, files: st
         "compute": policy.precision.dtype,
         "adapter": _adapter(policy, file_digest),
         "engine": f"{engine.name} on {policy.device.type}",
+        "arithmetic": ARITHMETIC,
     }
     digest = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
     shown = {
