@@ -26,8 +26,8 @@ install: $(VENV)/.base ## make .venv and install lora_exp in it
 install-dev: $(VENV)/.dev ## the same, with what the tests need
 
 demo: $(VENV)/.base ## SFT, then DPO on top of it: embedded model, sample data, CPU, about a minute
-	@$(RUN) +experiment=demo_sft output_dir=$(DEMO)/sft
-	@$(RUN) +experiment=demo_dpo model.adapter=$(DEMO)/sft output_dir=$(DEMO)/dpo
+	@$(RUN) experiment=demo_sft output_dir=$(DEMO)/sft
+	@$(RUN) experiment=demo_dpo model.adapter=$(DEMO)/sft output_dir=$(DEMO)/dpo
 	@$(BIN)/python -m lora_exp.report $(DEMO)/sft $(DEMO)/dpo
 
 test: $(VENV)/.dev lint types ## linters, type check, unit and smoke tests

@@ -6,6 +6,7 @@ values can be checked too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,10 +24,15 @@ from lora_exp.config import CONF_DIR
 from lora_exp.errors import Problem, UserError, count
 from lora_exp.library_fields import library_fields, nearest
 from lora_exp.rules import flatten
+from lora_exp.sweeps.names import key_of
+from lora_exp.sweeps.plan import SweepSettings
 from lora_exp.validation import check, library_class_of, option_keys, options_with
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for overrides that do not fit; ValueError for `quant=8`, an option that is no string."""
+
+SWEEP_KEYS = ("hydra", "sweep", "seed", "experiment", "hydra/sweeper", "hydra/launcher")
+"""What may say something of a multirun as a whole."""
 
 
 class Composer:
@@ -54,8 +60,14 @@ class Composer:
     ) -> None:
         self.context.__exit__(kind, error, trace)
 
-    def jobs(self, overrides: list[str]) -> list[list[str]]:
-        """Return the overrides of every job of a grid; only the fixed ones where a sweeper draws the values."""
+    def jobs(self, overrides: list[str], params: Mapping[str, str] | None = None) -> list[list[str]]:
+        """Return the overrides of every job of a grid; only the fixed ones where a sweeper draws the values.
+
+        Args:
+            overrides: The command line's.
+            params: `hydra.sweeper.params`, which the command line goes before.
+        """
+        overrides = [*(f"{key}={value}" for key, value in (params or {}).items()), *overrides]
         try:
             parsed = OverridesParser.create().parse_overrides(overrides)
         except OverrideParseException:
@@ -68,6 +80,27 @@ class Composer:
             return [[str(each.input_line) for each in parsed if not each.is_sweep_override()]]
         batches = BasicSweeper.split_arguments([each for each in parsed if not each.is_hydra_override()], None)
         return [list(job) for batch in batches for job in batch]
+
+    def sweep_settings(self, overrides: list[str]) -> SweepSettings:
+        """Return what the config says of the multirun as a whole, before any of its jobs is composed.
+
+        Raises:
+            UserError: If what says it does not compose.
+        """
+        own = [each for each in overrides if key_of(each).partition(".")[0] in SWEEP_KEYS]
+        try:
+            composed = compose(self.config_name, [*self.extra, *own], return_hydra_config=True)
+            sweeper, folder = composed.hydra.sweeper, composed.hydra.sweep.dir
+        except COMPOSE_ERRORS:
+            self.compose(own, check_values=False)
+            raise
+        return SweepSettings(
+            OmegaConf.to_container(composed.sweep),  # type: ignore[arg-type]
+            OmegaConf.to_container(sweeper.get("params") or OmegaConf.create({})),  # type: ignore[arg-type]
+            sweeper.get("n_trials"),
+            composed.seed,
+            folder,
+        )
 
     def _require_drawing_sweeper(self, overrides: list[str], drawn: list[Override]) -> None:
         """Refuse `interval(...)` and the like where the sweeper only takes lists of values."""

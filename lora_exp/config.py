@@ -15,6 +15,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidatorFunctionWr
 
 from lora_exp.help_page import help_page
 from lora_exp.rules import Rule
+from lora_exp.sweeps.names import trial_name
 
 MISSING = "???"
 CONF_DIR = next(
@@ -28,13 +29,15 @@ CONF_DIR = next(
 def register_resolvers() -> None:
     """Register what the YAML files compute with.
 
-    `${half:n}`, `${coalesce:a,b}` (the first that is not null), `${help_page:}` (the text of `--help`).
+    `${half:n}`, `${coalesce:a,b}` (the first that is not null), `${trial_name:overrides,axes,variant}` (a trial's
+    folder), `${help_page:}` (the text of `--help`).
     """
     # A wrong type is told where it stands, not where it is computed with.
     OmegaConf.register_new_resolver("half", lambda n: n // 2 if isinstance(n, int) else None, replace=True)
     OmegaConf.register_new_resolver(
         "coalesce", lambda *values: next((value for value in values if value is not None), None), replace=True
     )
+    OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
     OmegaConf.register_new_resolver("help_page", lambda: help_page(CONF_DIR), replace=True)
 
 
@@ -272,6 +275,18 @@ class StoreConfig(Section):
         return size
 
 
+class SweepConfig(Section):
+    """What holds for a multirun as a whole."""
+
+    name: str | None = Field(min_length=1, max_length=100, pattern=r"^\w[\w.,=+-]*$")
+    axes: list[str]
+    variant: str | None
+    seeds: int | None = Field(gt=0)
+    on_change: Literal["refuse", "extend"]
+    fail_fast: bool
+    confirm: bool
+
+
 class Config(Section):
     """One whole run, as composed. `recipe`, `engine` and `tracker` are the classes that their YAML files name."""
 
@@ -284,6 +299,7 @@ class Config(Section):
     engine: Any
     tracker: Any
     store: StoreConfig
+    sweep: SweepConfig
     samples: SamplesConfig
     seed: int = Field(ge=0)
     objective: str | None

@@ -50,8 +50,7 @@ def help_page(conf: Path) -> str:
 
 
 def _group(folder: Path) -> str:
-    prefix = "+" if folder.name == "experiment" else ""
-    lines = [f"  {prefix}{folder.name}="]
+    lines = [f"  {folder.name}="]
     for option in sorted(folder.glob("*.yaml"), key=lambda path: path.stem):
         if option.stem != "base":
             lines.append(f"    {option.stem:<13} {_description(option)}")

@@ -28,6 +28,8 @@ from lora_exp.report import show_result
 from lora_exp.reports import console
 from lora_exp.reports.page import write_page
 from lora_exp.run_folder import RunFolder
+from lora_exp.sweeps.earlier import earlier_trial
+from lora_exp.sweeps.identity import identity_of
 from lora_exp.tracking.base import Guarded, RunInfo
 from lora_exp.training.checkpoints import checkpoint_to_resume
 from lora_exp.validation import validate
@@ -67,14 +69,20 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     config = validate(composed)
     composed.output_dir = str(launch.folder)
     resolved: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    identity = identity_of(resolved)
+    before = earlier_trial(launch.folder, identity) if launch.sweep else None
+    if before is not None and before.status == "finished":
+        console.say("finished", f"{launch.folder} holds this trial already")
+        return before.objective
     # Looked up before the folder is claimed: a wrong folder name must not mark a finished run as failed.
-    checkpoint = checkpoint_to_resume(config.resume, resolved)
+    checkpoint = before.checkpoint if before else checkpoint_to_resume(config.resume, resolved)
     start = adapter_dir(config.model)
     folder = RunFolder(launch.folder)
     info = RunInfo(folder.path, resolved, launch.name, launch.sweep, config.recipe.name)
-    resumed = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
+    goes_on = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
+    resumed = goes_on or before is not None
     try:
-        with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed):
+        with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed, identity=identity):
             objective = _run(config, folder, launch, info, checkpoint, start)
     except Exception:
         if (folder.path / "metrics.jsonl").exists():

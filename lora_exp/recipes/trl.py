@@ -6,6 +6,8 @@ from typing import Any
 
 from trl import DPOTrainer, SFTTrainer
 
+from lora_exp.recipes.totals import CarriedTotals
+
 
 class _Quiet:
     """Leaves out what TRL does beside training."""
@@ -17,7 +19,7 @@ class _Quiet:
         """Write no model card beside the checkpoints; PEFT writes one into the adapter."""
 
 
-class TokenizedSFTTrainer(_Quiet, SFTTrainer):  # type: ignore[misc]
+class TokenizedSFTTrainer(_Quiet, CarriedTotals, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer over `input_ids` and `labels`."""
 
     def scored_labels(self, inputs: dict[str, Any]) -> Any:
@@ -25,7 +27,7 @@ class TokenizedSFTTrainer(_Quiet, SFTTrainer):  # type: ignore[misc]
         return inputs["labels"]
 
 
-class TokenizedDPOTrainer(_Quiet, DPOTrainer):  # type: ignore[misc]
+class TokenizedDPOTrainer(_Quiet, CarriedTotals, DPOTrainer):  # type: ignore[misc]
     """DPOTrainer over `prompt_ids`, `chosen_ids`, `rejected_ids`, with the reference that is asked for.
 
     Args:
