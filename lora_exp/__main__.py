@@ -26,9 +26,9 @@ def launch(composed: DictConfig) -> float | None:
 def main() -> None:
     """Check the command line, then let Hydra run it."""
     try:
-        sys.argv[1:] = prepare(sys.argv[1:])
+        sys.argv[1:], sweep = prepare(sys.argv[1:])
         launch()
-        failures.raise_if_any()
+        failures.conclude(sweep)
     except UserError as error:
         print_user_error(error)
         sys.exit(USER_ERROR_STATUS)

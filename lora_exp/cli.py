@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError, count, print_user_error
+from lora_exp.sweeps.answer import close, tell
 from lora_exp.sweeps.names import key_of
 from lora_exp.sweeps.supervisor import lost, supervise
 
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
     from lora_exp.compose import Composer
 
 
-def prepare(argv: list[str]) -> list[str]:
-    """Return the arguments to hand to Hydra, once every job that they mean has been checked.
+def prepare(argv: list[str]) -> tuple[list[str], Path | None]:
+    """Return the arguments to hand to Hydra, once every job that they mean has been checked, and a multirun's folder.
 
     `resume=<folder>` brings the overrides of the run in that folder along, and its `--config-dir`.
 
@@ -35,7 +37,8 @@ def prepare(argv: list[str]) -> list[str]:
 
     arguments, unknown = get_args_parser().parse_known_args(argv)
     if unknown or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
-        return argv
+        return argv, None
+    sweep = None
     resumed = resumed_overrides(arguments.overrides)
     flags: list[str] = []
     run_folder = _given(arguments.overrides).get("resume")
@@ -48,11 +51,11 @@ def prepare(argv: list[str]) -> list[str]:
             composer.compose(overrides, check_values=False)
         elif arguments.multirun:
             plan = start_sweep(composer, overrides)
-            overrides = plan.overrides
-            supervise(plan.folder)
+            overrides, sweep = plan.overrides, plan.folder
+            supervise(sweep)
         else:
             _check_run(composer, overrides)
-    return [*flags, *(each for each in argv if each not in arguments.overrides), *overrides]
+    return [*flags, *(each for each in argv if each not in arguments.overrides), *overrides], sweep
 
 
 def _composer(arguments: argparse.Namespace) -> Composer:
@@ -135,6 +138,7 @@ class Failures:
     def __init__(self) -> None:
         self.user_errors = 0
         self.bugs = 0
+        self.told = False
 
     def guard(self, job: Callable[[], float | None], folder: Path, stop_at_first: bool) -> float | None:
         """Run one job and return its objective; a trial that fails spares the others of its multirun.
@@ -144,6 +148,7 @@ class Failures:
             folder: Its folder.
             stop_at_first: Whether a failure ends the multirun.
         """
+        begun = time.time()
         try:
             if folder.resolve() in lost:
                 raise UserError(f"{lost[folder.resolve()]}; the same command again goes on with it")
@@ -157,6 +162,10 @@ class Failures:
             self.bugs += 1
             print(f"error: {folder.name} failed with", file=sys.stderr)  # noqa: T201
             traceback.print_exc()
+        finally:
+            if self._multirun() and _written_since(folder / "run.json", begun):
+                tell(folder.parent)
+                self.told = True
         if stop_at_first or not self._multirun():
             raise SystemExit(self.status)
         return None
@@ -166,8 +175,12 @@ class Failures:
         """The exit status of the process: 2 where users can mend all that failed, 1 for a bug."""
         return 1 if self.bugs else USER_ERROR_STATUS if self.user_errors else 0
 
-    def raise_if_any(self) -> None:
-        """End the process with its status where a trial failed."""
+    def conclude(self, sweep: Path | None) -> None:
+        """Tell what a sweep found, and end the process with its status where a trial failed."""
+        if sweep is not None:
+            if not self.told:  # every trial was there already
+                tell(sweep)
+            close(sweep)
         failed = self.bugs + self.user_errors
         if failed:
             sys.stdout.flush()
@@ -177,6 +190,10 @@ class Failures:
     @staticmethod
     def _multirun() -> bool:
         return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def _written_since(file: Path, moment: float) -> bool:
+    return file.is_file() and file.stat().st_mtime >= moment
 
 
 failures = Failures()

@@ -11,11 +11,12 @@ from lora_exp.reports.page import write_page
 from lora_exp.reports.results import read_results
 
 
-def show_result(folder: Path) -> None:
+def show_result(folder: Path, table: bool = True) -> None:
     """Write `report.html` of a run folder and print its closing table."""
     results = read_results(folder)
     write_page(folder)
-    result_table(results)
+    if table:
+        result_table(results)
 
 
 def main() -> None:

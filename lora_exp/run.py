@@ -82,7 +82,8 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     goes_on = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
     resumed = goes_on or before is not None
     try:
-        with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed, identity=identity):
+        facts = {"identity": identity, **_facts(config, launch)}
+        with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed, **facts):
             objective = _run(config, folder, launch, info, checkpoint, start)
     except Exception:
         if (folder.path / "metrics.jsonl").exists():
@@ -90,7 +91,7 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
         raise
     finally:
         _check_base()
-    show_result(folder.path)
+    show_result(folder.path, table=launch.sweep is None)
     return objective
 
 
@@ -126,11 +127,6 @@ def _run(
             engine, work = choose_engine(config, folder, policy, data)
             identity = _reference_identity(config, engine, policy, files)
     folder.note(
-        recipe=config.recipe.name,
-        model=config.model.pretrained_model_name_or_path,
-        objective_name=config.objective or config.recipe.objective,
-        headline=config.recipe.headline,
-        choices=dict(launch.choices),
         device=device_facts(policy.device),
         trainable_parameters=policy.trainable_parameters,
         target_modules=policy.target_modules,
@@ -159,12 +155,25 @@ def _run(
     return objective
 
 
+def _facts(config: Config, launch: Launch) -> dict[str, Any]:
+    """Return what `run.json` says before anything is loaded."""
+    return {
+        "recipe": config.recipe.name,
+        "model": config.model.pretrained_model_name_or_path,
+        "objective_name": config.objective or config.recipe.objective,
+        "headline": config.recipe.headline,
+        "choices": dict(launch.choices),
+    }
+
+
 def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
     chosen = launch.choices
+    trial = [("trial", launch.folder.name)] if launch.sweep else []
     model = config.model.pretrained_model_name_or_path
     adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
     lora = config.lora
     return [
+        *trial,
         (
             "recipe",
             f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}",

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lora_exp.errors import count
 from lora_exp.reports.results import RunResults
+from lora_exp.sweeps.leaderboard import Interval, Leaderboard
 
 log = logging.getLogger(__name__)
 console = Console(highlight=False, soft_wrap=True)
@@ -161,6 +162,51 @@ def result_table(results: RunResults) -> None:
     for name, path in (("folder", results.folder), ("adapter", results.folder / "adapter")):
         say(name, str(path))
     say("report", str(results.folder / "report.html"))
+
+
+def standings_table(board: Leaderboard, trials: int) -> None:
+    """Print a sweep's points, best first, with what is not finished or failed below.
+
+    Args:
+        board: The points.
+        trials: How many trials the sweep means.
+    """
+    ended = sum(trial.status != "running" for each in board.standings for trial in each.trials)
+    arrow = "lower is better" if board.direction == "minimize" else "higher is better"
+    title = f"{ended} of {count(max(trials, ended), 'trial')} · {board.objective}, {arrow}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("", justify="right")
+    for axis in board.axes:
+        table.add_column(axis.rpartition(".")[2])
+    table.add_column(board.objective, justify="right")
+    table.add_column("seeds", justify="right")
+    table.add_column("")
+    for rank, each in enumerate(board.standings, start=1):
+        values = [Text(_value(each.point.get(axis))) for axis in board.axes]
+        finished = sum(trial.objective is not None for trial in each.trials)
+        table.add_row(
+            str(rank) if each.objective else "",
+            *values,
+            _interval(each.objective),
+            str(finished) if finished else "",
+            Text("" if each.status == "finished" else each.status, style="yellow"),
+        )
+    console.print()
+    console.print(table)
+    for each in board.standings:
+        for trial in each.trials:
+            if trial.error:
+                say("failed", f"{trial.folder.name}: {trial.error.splitlines()[0]}")
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _interval(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return f"{interval.mean:.4g}" + ("" if interval.half is None else f" ± {interval.half:.2g}")
 
 
 def _number(value: float | None) -> str:

@@ -28,6 +28,7 @@ class SweepSettings:
         n_trials: Trials that a sweeper draws; None: it runs a grid.
         seed: The first seed.
         folder: `hydra.sweep.dir`.
+        dated: Whether that is a date and a time that nobody chose.
     """
 
     sweep: Mapping[str, Any]
@@ -35,6 +36,7 @@ class SweepSettings:
     n_trials: int | None
     seed: int
     folder: str
+    dated: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def plan_sweep(overrides: list[str], settings: SweepSettings) -> SweepPlan:
     Raises:
         UserError: If the axes make no sweep: a range without values, more trials than anyone means.
     """
-    axes = {each.key_or_group: each for each in _parsed(_with_params(overrides, settings.params))}
+    axes = {each.key_or_group: each for each in parsed_where_possible(_with_params(overrides, settings.params))}
     axes = {key: each for key, each in axes.items() if each.is_sweep_override()}
     problems = [problem for each in axes.values() if (problem := _empty(each))]
     added = []
@@ -86,8 +88,8 @@ def _with_params(overrides: list[str], params: Mapping[str, str]) -> list[str]:
     return [*(f"{key}={value}" for key, value in params.items()), *overrides]
 
 
-def _parsed(overrides: list[str]) -> list[Override]:
-    """Parse what can be parsed; the rest is told with everything else that is wrong with the config."""
+def parsed_where_possible(overrides: list[str]) -> list[Override]:
+    """Return the overrides that can be parsed; the rest is told with everything else that is wrong with the config."""
     parser, parsed = OverridesParser.create(), []
     for each in overrides:
         try:
@@ -106,7 +108,7 @@ def _empty(axis: Override) -> Problem | None:
             return Problem(axis.key_or_group, what, f"{axis.key_or_group}=interval({value.end:g},{value.start:g})")
         return None
     if axis.is_discrete_sweep() and not list(axis.sweep_string_iterator()):
-        what = f"{axis.get_value_element_as_str()} holds no value"
+        what = f"{str(axis.input_line).partition('=')[2]} holds no value"
         return Problem(axis.key_or_group, what, f"{axis.key_or_group}=0.1,0.3")
     return None
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.errors import Problem, UserError, count
+from lora_exp.sweeps.identity import WITHOUT_EFFECT, lies_under
+from lora_exp.sweeps.names import key_of
 from lora_exp.sweeps.plan import SweepPlan, plan_sweep, quoted
 from lora_exp.sweeps.question import Question, refuse, variant
+from lora_exp.validation import without_effect
 
 if TYPE_CHECKING:
     from lora_exp.compose import Composer
@@ -27,8 +31,15 @@ def start_sweep(composer: Composer, overrides: list[str]) -> SweepPlan:
         UserError: Everything that is wrong with any trial; a folder in use; a question that is not the folder's.
     """
     settings = composer.sweep_settings(overrides)
+    if settings.dated:
+        settings = replace(settings, folder=_free(settings.folder))
     plan = plan_sweep(overrides, settings)
-    configs = compose_all(composer, composer.jobs(plan.overrides, settings.params))
+    configs = compose_all(composer, composer.jobs(plan.overrides, settings))
+    _require_effect(plan.axes, configs)
+    lengths = same_evaluation_rows(configs, plan.overrides)
+    if lengths:
+        plan = replace(plan, overrides=[*plan.overrides, *lengths])
+        configs = compose_all(composer, composer.jobs(plan.overrides, settings))
     _take(plan)
     now = Question.of(plan.axes, [_unresolved(config) for config in configs])
     return _ask(plan, now, settings.sweep.get("on_change") == "extend")
@@ -51,10 +62,40 @@ def compose_all(composer: Composer, jobs: list[list[str]]) -> list[DictConfig]:
     return configs
 
 
+def _require_effect(axes: tuple[str, ...], configs: list[DictConfig]) -> None:
+    """Refuse to vary what changes nothing in any trial."""
+    problems = [
+        Problem(axis, "changes no result, so there is nothing to compare", "leave it out of the sweep")
+        for axis in axes
+        if lies_under(axis, WITHOUT_EFFECT)
+    ]
+    idle = [{problem.where: problem for problem in without_effect(config, axes)} for config in configs]
+    problems += [problem for where, problem in idle[0].items() if all(where in each for each in idle)]
+    if problems:
+        raise UserError("the sweep cannot be made", problems)
+
+
+def same_evaluation_rows(configs: list[DictConfig], overrides: list[str]) -> list[str]:
+    """Return what has all trials evaluated on the same tokens where their lengths differ: the largest of each."""
+    given = set(map(key_of, overrides))
+    added = []
+    for name in ("max_length", "max_prompt_length"):
+        key, lengths = f"recipe.eval_{name}", [config.recipe[name] for config in configs]
+        if key not in given and len(set(lengths)) > 1:
+            added.append(f"{key}={'null' if None in lengths else max(lengths)}")
+    return added
+
+
 def _unresolved(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=False)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _free(folder: str) -> str:
+    """Return a folder's name that no sweep has: two commands may start within a second."""
+    names = (folder, *(f"{folder}-{number}" for number in range(2, 1000)))
+    return next(name for name in names if not Path(name).exists())
 
 
 def _take(plan: SweepPlan) -> None:

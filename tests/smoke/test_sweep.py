@@ -91,7 +91,14 @@ def test_trials_are_named_for_what_they_vary(whole: Path) -> None:
 
 def test_killed_at_random_moments_it_ends_in_the_same_results(whole: Path, tmp_path: Path) -> None:
     moments = random.Random(0)
-    for _ in range(6):
+    process = start(tmp_path)
+    lines = tmp_path / "multirun/grid/recipe.beta=0.05,seed=42/metrics.jsonl"
+    while not (lines.exists() and "train_runtime" in lines.read_text()):  # between the last step and the end of a run
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    for _ in range(5):
         process = start(tmp_path)
         try:
             assert process.wait(timeout=moments.uniform(0.5, 12)) == 0, (tmp_path / "log.txt").read_text()

@@ -163,6 +163,8 @@ BREAKING_EXAMPLES = [
     ["lora=pissa", "quant=8bit"],
     ["trainer.bf16=true", "trainer.fp16=true"],
     ["trainer.max_steps=0"],
+    ["recipe.eval_max_length=100"],
+    ["data=splits", "data.train_file=mine.jsonl", "trainer.eval_strategy=no", "objective=eval_loss"],
     ["trainer.fp16=true", "trainer.bf16=false", "trainer.use_cpu=true"],
     ["trainer.eval_strategy=steps"],
     ["trainer.load_best_model_at_end=true", "trainer.eval_strategy=no", "trainer.save_strategy=best"],
