@@ -53,7 +53,7 @@ class DPO(Recipe):
     needs_reference = True
     logged = Recipe.logged | {
         f"{kind}/{side}" for kind in ("rewards", "logps", "logits") for side in ("chosen", "rejected")
-    } | {"rewards/accuracies", "rewards/margins"}  # fmt: skip
+    } | {"rewards/accuracies", "rewards/margins", "logp_shift/chosen", "logp_shift/rejected", "kl/chosen"}  # fmt: skip
     headline = {
         "loss": "loss",
         "rewards/accuracies": "reward accuracy",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import use_adapter
 
+from lora_exp.recipes.divergence import ROWS, kl_per_token
 from lora_exp.recipes.totals import CarriedTotals
 
 
@@ -61,6 +64,25 @@ class TokenizedDPOTrainer(_Quiet, CarriedTotals, DPOTrainer):  # type: ignore[mi
                 copy = parameters[name.replace(".default", ".ref")]
                 copy.data = copy.data.to(original.dtype)
                 copy.requires_grad_(False)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to an evaluation how far the policy is from the reference, by measures that do not scale with beta."""
+        rewards = self._metrics["eval"]
+        if "eval_loss" in logs and "rewards/chosen" in rewards:
+            for side in ("chosen", "rejected"):
+                # TRL's reward is beta times the sum of the answer's log-ratios.
+                logs[f"eval_logp_shift/{side}"] = fmean(rewards[f"rewards/{side}"]) / self.beta
+            logs["eval_kl/chosen"] = self._kl()
+        super().log(logs, start_time)
+
+    def _kl(self) -> float:
+        model = self.accelerator.unwrap_model(self.model)
+        name = "ref" if "ref" in model.peft_config else None
+        rows = self.eval_dataset.select(range(min(ROWS, len(self.eval_dataset))))
+        with self.accelerator.autocast():
+            found = kl_per_token(model.get_base_model(), lambda: use_adapter(model, adapter_name=name), rows)
+        assert found is not None, "an evaluation has rows"
+        return found
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Take the rows as they are: they were tokenised and cut in `lora_exp.data.tokenize`."""
