@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev, variance
-from typing import Any
+from typing import Any, get_args
 
 from lora_exp.errors import count
-from lora_exp.run_folder import to_json, write_whole
+from lora_exp.run_folder import Status, to_json, write_whole
 from lora_exp.sweeps.trials import Direction, Trial
 
 CONFIDENCE = 0.95
@@ -68,12 +68,8 @@ class Point:
 
     @property
     def status(self) -> str:
-        """`finished` where every trial is; otherwise how many are what: `3 finished, 1 failed`."""
-        states = [trial.status for trial in self.trials]
-        if len(set(states)) == 1:
-            return states[0]
-        order = ("finished", "running", "pruned", "failed")
-        return ", ".join(f"{states.count(state)} {state}" for state in order if state in states)
+        """The one trial's status, or how many are what: `3 finished, 1 failed`."""
+        return states(self.trials) if len(self.trials) > 1 else self.trials[0].status
 
     def metric(self, name: str) -> Interval | None:
         """Return the mean of a final metric over the trials that count."""
@@ -307,10 +303,12 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
     }
 
 
+def states(trials: Sequence[Trial]) -> str:
+    """Return how many trials are in which state."""
+    found = [trial.status for trial in trials]
+    return ", ".join(f"{found.count(state)} {state}" for state in get_args(Status) if state in found)
+
+
 def summary(board: Leaderboard) -> str:
     """Return how many trials there are, and in which state."""
-    states = [trial.status for trial in board.trials]
-    parts = [
-        f"{states.count(state)} {state}" for state in ("finished", "running", "pruned", "failed") if state in states
-    ]
-    return f"{count(len(states), 'trial')}: {', '.join(parts)}"
+    return f"{count(len(board.trials), 'trial')}: {states(board.trials)}"

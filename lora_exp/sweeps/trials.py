@@ -108,12 +108,15 @@ def read_trials(folders: Path | Sequence[Path], objective: str | None = None) ->
     """
     given = [folders] if isinstance(folders, Path) else list(folders)
     found: dict[Path, None] = {}
+    problems = []
     for folder in given:
         runs = list(find_runs(folder))
         if not runs:
             what = "holds no run" if folder.is_dir() else "is no folder"
-            raise UserError("there is nothing to report", [Problem(str(folder), what, "name a run or a sweep folder")])
+            problems.append(Problem(str(folder), what, "name a run or a sweep folder"))
         found |= dict.fromkeys(runs)
+    if problems:
+        raise UserError("there is nothing to report", problems)
     root = given[0] if len(given) == 1 and given[0] not in found else _parent(found)
     trials = [_read_trial(folder, folder.relative_to(root).as_posix()) for folder in found]
     trials.sort(key=lambda trial: _natural(trial.name))
@@ -247,6 +250,13 @@ def _flatten(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, 
             yield f"{above}{key}", value
 
 
+def sweep_command(folder: Path) -> str:
+    """Return the command that began a sweep, as Hydra noted it in its folder; empty where it did not."""
+    noted = re.search(r"^    task:\n((?:    - .*\n)+)", _text(folder / "multirun.yaml"), re.MULTILINE)
+    overrides = _parse_yaml(noted[1]) if noted else None
+    return shlex.join(["python", "-m", "lora_exp", "-m", *map(str, overrides)]) if overrides else ""
+
+
 def _composed_choices(folder: Path) -> dict[str, Any]:
     """Return the choices that Hydra noted, for a run that ended before it noted them itself."""
     found = re.search(r"^    choices:\n((?:      .*\n)+)", _text(folder / ".hydra" / "hydra.yaml"), re.MULTILINE)
@@ -256,7 +266,7 @@ def _composed_choices(folder: Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str) -> Any:
     """Return what YAML says, or None where a file is torn."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - a safe one
