@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_exp.errors import count
+from lora_exp.reports.figures import setting, short_names, with_interval
+from lora_exp.reports.page import duration, number
 from lora_exp.reports.results import RunResults
-from lora_exp.sweeps.leaderboard import Interval, Leaderboard
+from lora_exp.sweeps.leaderboard import Leaderboard, Point, summary
 
 log = logging.getLogger(__name__)
 console = Console(highlight=False, soft_wrap=True)
@@ -150,10 +152,11 @@ def result_table(results: RunResults) -> None:
         table.add_row(name, *([first, last] if before else [last]))
 
     if "train_loss" in final:
-        row("train loss", f"{final['train_loss']:.4g}")
+        row("train loss", number(final["train_loss"]))
     for key, short in run["headline"].items():
         if f"eval_{key}" in final:
-            row(f"eval {short}", f"{final[f'eval_{key}']:.4g}", _number(before.get(f"eval_{key}")))
+            first = number(before[f"eval_{key}"]) if f"eval_{key}" in before else ""
+            row(f"eval {short}", number(final[f"eval_{key}"]), first)
     row("trainable parameters", f"{run['trainable_parameters']:,}")
     row("peak memory", f"{run['peak_memory_bytes'] / 2**20:,.0f} MiB")
     row("time", f"{sum(run['wall_times'].values()):.1f} s")
@@ -164,50 +167,44 @@ def result_table(results: RunResults) -> None:
     say("report", str(results.folder / "report.html"))
 
 
-def standings_table(board: Leaderboard, trials: int) -> None:
-    """Print a sweep's points, best first, with what is not finished or failed below.
-
-    Args:
-        board: The points.
-        trials: How many trials the sweep means.
-    """
-    ended = sum(trial.status != "running" for each in board.standings for trial in each.trials)
-    arrow = "lower is better" if board.direction == "minimize" else "higher is better"
-    title = f"{ended} of {count(max(trials, ended), 'trial')} · {board.objective}, {arrow}"
+def leaderboard_table(board: Leaderboard, most: int = 20) -> None:
+    """Print the points of a sweep, best first; those that go on or failed are marked and stand last."""
+    better = "less" if board.direction == "minimize" else "more"
+    title = f"{summary(board)}; {board.objective_name or 'no objective'}, {better} is better"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("", justify="right")
-    for axis in board.axes:
-        table.add_column(axis.rpartition(".")[2])
-    table.add_column(board.objective, justify="right")
-    table.add_column("seeds", justify="right")
-    table.add_column("")
-    for rank, each in enumerate(board.standings, start=1):
-        values = [Text(_value(each.point.get(axis))) for axis in board.axes]
-        finished = sum(trial.objective is not None for trial in each.trials)
-        table.add_row(
-            str(rank) if each.objective else "",
-            *values,
-            _interval(each.objective),
-            str(finished) if finished else "",
-            Text("" if each.status == "finished" else each.status, style="yellow"),
-        )
+    table.add_column("#", justify="right")
+    for name in short_names(board.axes).values():
+        table.add_column(name, justify="right")
+    table.add_column("objective", no_wrap=True)
+    table.add_column("status")
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    points = board.points
+    # Of a long table the end is shown too: a failed trial must not pass unseen.
+    shown = points if len(points) <= most else [*points[: most - 5], *points[-5:]]
+    for point in shown:
+        table.add_row(*map(Text, _point_cells(point, board)), style=_style(point))
     console.print()
     console.print(table)
-    for each in board.standings:
-        for trial in each.trials:
-            if trial.error:
-                say("failed", f"{trial.folder.name}: {trial.error.splitlines()[0]}")
+    if len(shown) < len(points):
+        say("rows", f"{most - 5} best and 5 last of {len(points):,}; leaderboard.csv has all")
+    if board.tie:
+        say("best", board.tie) if board.told_apart else note(board.tie)
 
 
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _point_cells(point: Point, board: Leaderboard) -> list[str]:
+    return [
+        str(point.rank or "-"),
+        *(setting(point.axes[key]) if key in point.axes else "" for key in board.axes),
+        with_interval(point.objective) if point.objective else "",
+        point.status,
+        duration(point.seconds) if point.seconds else "",
+        point.best.name,
+    ]
 
 
-def _interval(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    return f"{interval.mean:.4g}" + ("" if interval.half is None else f" ± {interval.half:.2g}")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _style(point: Point) -> str:
+    states = {trial.status for trial in point.trials}
+    if point.rank == 1:
+        return "bold"
+    return "red" if "failed" in states else "yellow" if states & {"running", "pruned"} else ""

@@ -17,7 +17,7 @@ from typing import Any
 from lora_exp.reports.results import RunResults, read_results
 from lora_exp.run_folder import read_jsonl, write_whole
 
-TEMPLATE = Path(__file__).with_name("run.html.j2")
+TEMPLATES = Path(__file__).parent
 PAGE = "report.html"
 CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\t\n"}
 """To their escapes: an untrained model answers in such characters, and HTML cannot show them."""
@@ -32,19 +32,24 @@ def write_page(folder: Path) -> Path:
     Raises:
         UserError: If the folder holds no run.
     """
+    page = folder / PAGE
+    write_whole(page, render("run.html.j2", page_facts(folder)))
+    return page
+
+
+def render(template: str, facts: Mapping[str, Any]) -> str:
+    """Return a page, all text in it escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"visible": visible, "duration": duration, "number": number}
-    page = folder / PAGE
-    write_whole(page, environment.get_template(TEMPLATE.name).render(page_facts(folder)) + "\n")
-    return page
+    environment.filters |= {"visible": visible, "duration": duration, "number": number, "memory": memory}
+    return environment.get_template(template).render(facts) + "\n"
 
 
 def page_facts(folder: Path) -> dict[str, Any]:
@@ -264,7 +269,7 @@ def key_numbers(results: RunResults, headline: Mapping[str, str]) -> list[KeyNum
     if run.get("wall_times"):
         found.append(KeyNumber("time", duration(sum(run["wall_times"].values()))))
     if run.get("peak_memory_bytes"):
-        found.append(KeyNumber("peak memory", _memory(run["peak_memory_bytes"])))
+        found.append(KeyNumber("peak memory", memory(run["peak_memory_bytes"])))
     if run.get("trainable_parameters") is not None:
         found.append(KeyNumber("trainable parameters", f"{run['trainable_parameters']:,}"))
     return found
@@ -299,7 +304,8 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def _memory(size: int) -> str:
+def memory(size: float) -> str:
+    """Return `1.4 GiB` or `300 MiB`."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 

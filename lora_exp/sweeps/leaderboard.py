@@ -1,163 +1,316 @@
-"""Which point is best, and how sure that is: `leaderboard.csv` and `leaderboard.json`.
-
-Nothing that a clock says is in them, so that a sweep that was killed and started again ends in the same files.
-"""
+"""Which settings are best, and how sure that is: the mean over the seeds with a 95 % interval, best first."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean, stdev, variance
+from typing import Any, get_args
 
-from lora_exp.run_folder import to_json, write_whole
-from lora_exp.sweeps.objective import Direction, direction_of
-from lora_exp.sweeps.trials import Trial
+from lora_exp.errors import count
+from lora_exp.run_folder import Status, to_json, write_whole
+from lora_exp.sweeps.trials import Direction, Trial
 
-STUDENT = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""Quantiles 0.975 of Student's t distribution for 1 to 30 degrees of freedom."""
-NORMAL = 1.96
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the 95 % interval around it; one value alone has no interval."""
+    """A mean with its 95 % interval by Student's t; without one (None) for a single value.
+
+    Args:
+        mean: Of the values.
+        low: The interval's lower end.
+        high: Its upper end.
+    """
 
     mean: float
-    half: float | None
+    low: float | None = None
+    high: float | None = None
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        """Return the interval of values that are repetitions of each other (Student's t)."""
-        if len(values) < 2:
-            return cls(values[0], None)
-        freedom = len(values) - 1
-        quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else NORMAL
-        return cls(fmean(values), quantile * stdev(values) / math.sqrt(len(values)))
+    @property
+    def half(self) -> float | None:
+        """How far the interval reaches from the mean to each side."""
+        return None if self.high is None else self.high - self.mean
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A point of the sweep with the trials that repeat it.
+class Point:
+    """One combination of settings, and the trials that tried it: one, or one a seed.
 
     Args:
-        point: What is varied, by key.
-        trials: One for each seed.
-        objective: Over the trials that finished; None where none has.
+        rank: 1 for the best; None where no trial has a result.
+        axes: The settings.
+        trials: All that tried them.
+        objective: Over the finished trials; None where there is none.
     """
 
-    point: dict[str, Any]
-    trials: list[Trial]
+    rank: int | None
+    axes: Mapping[str, Any]
+    trials: Sequence[Trial]
     objective: Interval | None
 
     @property
-    def status(self) -> str:
-        """`finished` once one trial is; otherwise what became of them."""
-        found = [trial.status for trial in self.trials]
-        return next(status for status in ("finished", "running", "pruned", "failed") if status in found)
+    def results(self) -> list[Trial]:
+        """The trials that count: finished, with an objective."""
+        return [trial for trial in self.trials if counts(trial)]
 
     @property
-    def name(self) -> str:
-        """The point in a line."""
-        return ", ".join(f"{key}={value}" for key, value in self.point.items()) or "all"
+    def best(self) -> Trial:
+        """The trial with the best objective, or the first where there is no result."""
+        sign = 1 if self.trials[0].direction == "minimize" else -1
+        return min(self.results or self.trials, key=lambda trial: sign * (trial.objective or 0.0))
+
+    @property
+    def status(self) -> str:
+        """The one trial's status, or how many are what: `3 finished, 1 failed`."""
+        return states(self.trials) if len(self.trials) > 1 else self.trials[0].status
+
+    def metric(self, name: str) -> Interval | None:
+        """Return the mean of a final metric over the trials that count."""
+        values = [trial.metrics.get(name) for trial in self.results]
+        return interval([value for value in values if isinstance(value, int | float) and math.isfinite(value)])
+
+    def mean(self, values: Sequence[float | None]) -> float | None:
+        """Return the mean of those values that are there."""
+        there = [value for value in values if value]
+        return fmean(there) if there else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Mean time of the trials that count."""
+        return self.mean([trial.seconds for trial in self.results])
+
+    @property
+    def peak_memory_bytes(self) -> float | None:
+        """Mean peak memory of the trials that count."""
+        return self.mean([trial.peak_memory_bytes for trial in self.results])
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """The points of a sweep, best first; those without a number come last.
+    """The points of a sweep, best first; those without a result last.
 
     Args:
-        objective: What is compared.
-        direction: Which way is better.
-        standings: The points.
+        objective_name: What they are compared by.
+        direction: Whether less or more of it is better.
+        axes: The settings that differ.
+        points: Every combination that was tried.
+        tie: Whether the best two are told apart, as a sentence; empty where there are no two.
+        told_apart: False where they are not, or where nobody can know.
     """
 
-    objective: str
+    objective_name: str
     direction: Direction
-    standings: list[Standing]
-
-    @classmethod
-    def of(cls, trials: Sequence[Trial], direction: Direction | None = None) -> Leaderboard:
-        """Rank trials.
-
-        Args:
-            trials: As `read_trials` returns them.
-            direction: Which way is better; None: as the objective's name says, else down.
-        """
-        objective = next((trial.objective_name for trial in trials if trial.objective_name), "objective")
-        chosen = direction or direction_of(objective) or "minimize"
-        groups: dict[str, list[Trial]] = {}
-        for trial in trials:
-            groups.setdefault(to_json(trial.point, indent=None), []).append(trial)
-        standings = [_standing(members) for members in groups.values()]
-        sign = 1 if chosen == "minimize" else -1
-        standings.sort(key=lambda each: (each.objective is None, sign * each.objective.mean if each.objective else 0.0))
-        return cls(objective, chosen, standings)
+    axes: Sequence[str]
+    points: Sequence[Point]
+    tie: str
+    told_apart: bool
 
     @property
-    def axes(self) -> list[str]:
-        """The keys that vary."""
-        return list(dict.fromkeys(key for each in self.standings for key in each.point))
+    def trials(self) -> list[Trial]:
+        """Every trial, in the order of the points."""
+        return [trial for point in self.points for trial in point.trials]
 
     @property
-    def tie(self) -> str | None:
-        """Say that the best two are not told apart, or None where they are.
+    def best(self) -> Point | None:
+        """The first point, if it has a result."""
+        return self.points[0] if self.points and self.points[0].rank else None
 
-        By the difference between the two on each seed that both have finished (paired, Student's t): seeds share the
-        order of the rows and the start of the adapter.
-        """
-        if len(self.standings) < 2 or self.standings[1].objective is None:
-            return None
-        best, next_best = ({t.seed: t.objective for t in each.trials} for each in self.standings[:2])
-        both = [(best[seed], next_best[seed]) for seed in best if seed in next_best]
-        pairs = [a - b for a, b in both if a is not None and b is not None]
-        if len(pairs) < 2:
-            return "one seed each: chance may have ordered the best two (sweep.seeds=5 tells more)"
-        difference = Interval.of(pairs)
-        assert difference.half is not None
-        if abs(difference.mean) > difference.half:
-            return None
-        return (
-            f"the best two are not told apart: over {len(pairs)} seeds they differ by "
-            f"{difference.mean:+.3g} ± {difference.half:.2g}"
+
+def counts(trial: Trial) -> bool:
+    """Whether a trial's objective is a result: a run that was pruned or goes on has none yet."""
+    return trial.status == "finished" and trial.objective is not None
+
+
+def leaderboard(trials: Sequence[Trial]) -> Leaderboard:
+    """Group the trials by their settings and rank the groups by the mean of the objective."""
+    name, way = (trials[0].objective_name, trials[0].direction) if trials else ("", "minimize")
+    sign = 1 if way == "minimize" else -1
+    grouped: dict[Any, list[Trial]] = {}
+    for trial in trials:
+        # A run without a config is like no other: its settings are not known.
+        settings = tuple(map(repr, trial.axes.values())) if trial.config else trial.folder
+        grouped.setdefault(settings, []).append(trial)
+    points = [
+        Point(None, group[0].axes, group, interval([trial.objective for trial in group if counts(trial)]))  # type: ignore[misc]
+        for group in grouped.values()
+    ]
+    ranked = sorted((p for p in points if p.objective), key=lambda p: sign * p.objective.mean)  # type: ignore[union-attr]
+    ranked = [Point(rank, p.axes, p.trials, p.objective) for rank, p in enumerate(ranked, 1)]
+    axes = list(dict.fromkeys(key for trial in trials for key in trial.axes))
+    tie, told_apart = compare(*ranked[:2]) if len(ranked) > 1 else ("", True)
+    return Leaderboard(name, way, axes, [*ranked, *(p for p in points if not p.objective)], tie, told_apart)
+
+
+# Statistics ------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> Interval | None:
+    """Return the mean of some values and its interval; None of none."""
+    if len(values) < 2:
+        return Interval(values[0]) if values else None
+    mean, reach = fmean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - reach, mean + reach)
+
+
+@lru_cache
+def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """Return the t beyond which, to both sides, Student's distribution leaves 1 - confidence."""
+    low, high = 0.0, 1.0
+    while t_within(high, freedom) < confidence:
+        low, high = high, high * 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_within(middle, freedom) < confidence else (low, middle)
+    return high
+
+
+def t_within(t: float, freedom: int) -> float:
+    """Return the probability that Student's t lies between -t and t.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine = math.cos(angle)
+    odd = freedom % 2
+    term = cosine if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for k in range(2 if odd else 1, freedom - 1, 2):
+        term *= cosine**2 * k / (k + 1)
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def compare(first: Point, second: Point) -> tuple[str, bool]:
+    """Say whether two points are told apart, and by which test.
+
+    Where both were tried with the same seeds, the difference seed by seed counts (paired t test): a seed that is
+    good for one is often good for the other. Otherwise it is Welch's t test.
+    """
+    ours, theirs = ({t.seed: t.objective or 0.0 for t in point.results} for point in (first, second))
+    shared = [seed for seed in ours if seed in theirs and seed is not None]
+    if len(shared) >= 2:
+        difference = interval([ours[seed] - theirs[seed] for seed in shared])
+        assert difference is not None
+        apart = not (difference.low or 0.0) <= 0 <= (difference.high or 0.0)
+        test = f"paired t test over {len(shared)} seeds"
+    else:
+        values = [[t.objective or 0.0 for t in point.results] for point in (first, second)]
+        if min(map(len, values)) < 2:
+            return (
+                "The best two cannot be told apart from so few seeds: one run each does not show how much the seed "
+                "alone changes. sweep.seeds=5 repeats every point.",
+                False,
+            )
+        apart, test = _welch(*values), "Welch's t test"
+        difference = Interval(fmean(values[0]) - fmean(values[1]))
+    words = "are told apart" if apart else "are not told apart"
+    reach = f" ± {difference.half:.2g}" if difference.half is not None else ""
+    return f"The best two {words} at 95 %: they differ by {difference.mean:.3g}{reach} ({test}).", apart
+
+
+def _welch(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two means differ; degrees of freedom rounded down, to the cautious side."""
+    parts = [variance(values) / len(values) for values in (first, second)]
+    error = math.sqrt(sum(parts))
+    difference = abs(fmean(first) - fmean(second))
+    if error == 0:
+        return difference > 0
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True)
+    )
+    return difference > t_quantile(max(1, math.floor(freedom))) * error
+
+
+# Files -----------------------------------------------------------------------------------------------
+
+
+def write_leaderboard(folder: Path, trials: Sequence[Trial]) -> Leaderboard:
+    """Write `leaderboard.csv` and `leaderboard.json` of the trials, a row a point, in one order."""
+    board = leaderboard(trials)
+    write_whole(folder / "leaderboard.csv", to_csv(board))
+    write_whole(folder / "leaderboard.json", to_json(as_json(board)) + "\n")
+    return board
+
+
+def to_csv(board: Leaderboard) -> str:
+    """Return a row a point: the settings, the objective with its interval, then every final metric's mean.
+
+    Nothing that a clock says is in it: a sweep that was killed and started again ends in the same file.
+    """
+    metrics = [
+        name for name in dict.fromkeys(name for trial in board.trials for name in trial.metrics) if not _timed(name)
+    ]
+    facts = ["low", "high", "runs", "finished", "status", "best_run"]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["rank", *board.axes, f"objective:{board.objective_name}", *facts, *metrics])
+    for point in board.points:
+        value = point.objective
+        writer.writerow(
+            [
+                point.rank,
+                *(point.axes.get(key) for key in board.axes),
+                *((value.mean, value.low, value.high) if value else (None, None, None)),
+                len(point.trials),
+                len(point.results),
+                point.status,
+                point.best.name,
+                *(found.mean if (found := point.metric(name)) else None for name in metrics),
+            ]
         )
+    return file.getvalue()
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a flat row for each point, best first."""
-        return [
+
+def as_json(board: Leaderboard) -> dict[str, Any]:
+    """Return the leaderboard with every trial of every point."""
+    return {
+        "objective": board.objective_name,
+        "direction": board.direction,
+        "axes": list(board.axes),
+        "confidence": CONFIDENCE,
+        "told_apart": board.told_apart,
+        "tie": board.tie,
+        "points": [
             {
-                "rank": rank if each.objective else None,
-                "status": each.status,
-                **{axis: each.point.get(axis) for axis in self.axes},
-                self.objective: each.objective.mean if each.objective else None,
-                "interval_95": each.objective.half if each.objective else None,
-                "seeds": sum(trial.objective is not None for trial in each.trials),
-                "folders": [trial.folder.name for trial in each.trials],
-                "errors": [trial.error for trial in each.trials if trial.error],
+                "rank": point.rank,
+                "axes": dict(point.axes),
+                "objective": vars(point.objective) if point.objective else None,
+                "status": point.status,
+                "trials": [_trial_json(trial) for trial in point.trials],
             }
-            for rank, each in enumerate(self.standings, start=1)
-        ]
+            for point in board.points
+        ],
+    }
 
 
-def _standing(members: list[Trial]) -> Standing:
-    values = [trial.objective for trial in members if trial.objective is not None]
-    return Standing(members[0].point, members, Interval.of(values) if values else None)
+def _trial_json(trial: Trial) -> dict[str, Any]:
+    return {
+        "name": trial.name,
+        "status": trial.status,
+        "seed": trial.seed,
+        "objective": trial.objective,
+        "error": trial.error,
+        "metrics": {name: value for name, value in trial.metrics.items() if not _timed(name)},
+    }
 
 
-def write_leaderboard(folder: Path, board: Leaderboard) -> None:
-    """Write both files into the sweep's folder, each whole or not at all."""
-    rows = board.rows()
-    summary = {"objective": board.objective, "direction": board.direction, "tie": board.tie, "points": rows}
-    write_whole(folder / "leaderboard.json", to_json(summary) + "\n")
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    table.writeheader()
-    table.writerows({key: " ".join(v) if isinstance(v, list) else v for key, v in row.items()} for row in rows)
-    write_whole(folder / "leaderboard.csv", text.getvalue())
+def _timed(metric: str) -> bool:
+    return metric.endswith(("_runtime", "_per_second"))
+
+
+def states(trials: Sequence[Trial]) -> str:
+    """Return how many trials are in which state."""
+    found = [trial.status for trial in trials]
+    return ", ".join(f"{found.count(state)} {state}" for state in get_args(Status) if state in found)
+
+
+def summary(board: Leaderboard) -> str:
+    """Return how many trials there are, and in which state."""
+    return f"{count(len(board.trials), 'trial')}: {states(board.trials)}"

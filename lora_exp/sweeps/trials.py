@@ -1,20 +1,35 @@
-"""The trials of a sweep, read back from their run folders."""
+"""The trials of a sweep, read from their folders: whatever state a run was left in, it is listed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+import math
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, Literal, cast
 
 from lora_exp.errors import Problem, UserError
-from lora_exp.sweeps.identity import with_effect
+from lora_exp.run_folder import Status, read_jsonl
 
-SEED = "seed"
+Direction = Literal["minimize", "maximize"]
+
+NOT_AN_AXIS = frozenset({"hydra", "objective", "output_dir", "resume", "seed", "store", "sweep", "tracker"})
+"""Top-level keys that say where a run lands, who watches and how it is repeated, not what is tried."""
+
+NO_RUN_JSON = "no run.json: it was stopped before it began, or has not begun yet"
+
+
+def direction(objective: str) -> Direction:
+    """Return whether less or more of a metric is better, as far as its name tells."""
+    name = objective.lower()
+    lower_is_better = ("loss", "kl", "perplexity", "runtime", "entropy", "rejected")
+    return "minimize" if any(word in name for word in lower_is_better) else "maximize"
 
 
 @dataclass(frozen=True)
@@ -22,97 +37,258 @@ class Trial:
     """One run of a sweep.
 
     Args:
-        folder: Its run folder.
-        status: `running`, `finished`, `failed` or `pruned`.
-        point: What it varies, by key, without the seed.
-        seed: Its seed; None where its config cannot be read.
-        objective_name: What is compared.
-        objective: The number, where it finished.
-        metrics: Its final numbers.
+        folder: The run folder.
+        name: The folder's path below what was read, e.g. `3`.
+        status: Of `run.json`.
+        axes: The settings that differ between the trials, by their config key.
+        seed: Repetitions of one point differ in it.
+        objective: The final value of `objective_name`; None where there is none, or none that is a number.
+        objective_name: The metric that the trials are compared by.
+        direction: Whether less or more of it is better.
+        metrics: `metrics.json`; empty for a run that did not finish.
         error: Why it failed.
+        wall_times: Seconds by stage.
+        peak_memory_bytes: None where the run did not get so far.
+        run: All of `run.json`.
+        config: The resolved config, its keys joined by dots.
     """
 
     folder: Path
-    status: str
-    point: dict[str, Any]
+    name: str
+    status: Status
+    axes: Mapping[str, Any]
     seed: int | None
-    objective_name: str | None
     objective: float | None
-    metrics: dict[str, float]
+    objective_name: str
+    direction: Direction
+    metrics: Mapping[str, Any]
     error: str | None
+    wall_times: Mapping[str, float]
+    peak_memory_bytes: int | None
+    run: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Time of all stages."""
+        return sum(self.wall_times.values())
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; read when first asked for, as a table needs none of them."""
+        return _jsonl(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """The lines of `samples.jsonl`."""
+        return _jsonl(self.folder / "samples.jsonl")
+
+    @cached_property
+    def command(self) -> str:
+        """The command that runs this trial alone again, in a folder of its own; empty where Hydra left no trace."""
+        overrides = _parse_yaml(_text(self.folder / ".hydra" / "overrides.yaml"))
+        if not isinstance(overrides, list):
+            return ""
+        hydra = _parse_yaml(_text(self.folder / ".hydra" / "hydra.yaml")) or {}
+        sources = hydra.get("hydra", {}).get("runtime", {}).get("config_sources", [])
+        config_dir = next((source["path"] for source in sources if source["provider"] == "command-line"), None)
+        flags = ["--config-dir", config_dir] if config_dir else []
+        return shlex.join(["python", "-m", "lora_exp", *flags, *map(str, overrides)])
 
 
-def trial_folders(paths: Sequence[Path]) -> list[Path]:
-    """Return the run folders among and directly inside some folders, in order of their names.
+def read_trials(folders: Path | Sequence[Path], objective: str | None = None) -> list[Trial]:
+    """Read every run in or below the folders.
+
+    Args:
+        folders: A sweep folder, or any mix of sweep folders and run folders.
+        objective: The metric to compare by; None: the one that most of the runs name.
 
     Raises:
-        UserError: If a folder holds none.
+        UserError: If a folder is not there, or holds no run.
     """
+    given = [folders] if isinstance(folders, Path) else list(folders)
     found: dict[Path, None] = {}
-    for path in paths:
-        inside = [path] if (path / "run.json").is_file() else [each.parent for each in path.glob("*/run.json")]
-        if not inside:
-            raise UserError("there is nothing to compare", [Problem(str(path), "holds no run and no sweep")])
-        found |= dict.fromkeys(sorted(inside))
-    return list(found)
+    problems = []
+    for folder in given:
+        runs = list(find_runs(folder))
+        if not runs:
+            what = "holds no run" if folder.is_dir() else "is no folder"
+            problems.append(Problem(str(folder), what, "name a run or a sweep folder"))
+        found |= dict.fromkeys(runs)
+    if problems:
+        raise UserError("there is nothing to report", problems)
+    root = given[0] if len(given) == 1 and given[0] not in found else _parent(found)
+    trials = [_read_trial(folder, folder.relative_to(root).as_posix()) for folder in found]
+    trials.sort(key=lambda trial: _natural(trial.name))
+    axes = derive_axes(trials)
+    name = objective or _common_objective(trials)
+    return [
+        replace(trial, axes=of_trial, objective_name=name, direction=direction(name), objective=_value(trial, name))
+        for trial, of_trial in zip(trials, axes, strict=True)
+    ]
 
 
-def read_trials(folders: Sequence[Path]) -> list[Trial]:
-    """Read trials; what a kill left half-written counts as not there."""
-    configs = [_config(folder, _changed(folder)) for folder in folders]
-    keys = list(dict.fromkeys(key for config in configs for key in config if key != SEED))
-    known = [config for config in configs if config]
-    axes = [key for key in keys if any(config.get(key) != known[0].get(key) for config in known)]
-    axes = [key for key in axes if not _follows(key, axes, known)]
-    return [_trial(folder, config, axes) for folder, config in zip(folders, configs, strict=True)]
+def find_runs(folder: Path) -> Iterator[Path]:
+    """Yield the run folders in or below a folder; what a run keeps inside is not looked through."""
+    for path, names, files in os.walk(folder):
+        if "run.json" in files or ".hydra" in names:
+            names.clear()
+            yield Path(path)
+        names.sort()
 
 
-def _changed(folder: Path) -> int:
-    file = folder / "config.yaml"
-    return file.stat().st_mtime_ns if file.is_file() else 0
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return what puts folder 9 before folder 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-@lru_cache(maxsize=10_000)
-def _config(folder: Path, changed: int) -> dict[str, Any]:  # noqa: ARG001 - a changed file is read again
-    """Return what can change a result; read once, since a sweep looks at all its trials after each of them.
-
-    The option taken from a group says more than the keys that it sets (`quant=4bit`) and goes before them.
-    """
-    choices = _json(folder / "run.json").get("choices", {})
-    options = {name: option for name, option in choices.items() if name not in ("tracker", "experiment")}
-    return options | with_effect(_yaml(folder / "config.yaml"))
+def _parent(folders: Iterable[Path]) -> Path:
+    return Path(os.path.commonpath([folder.parent for folder in folders]))
 
 
-def _follows(key: str, axes: Sequence[str], configs: Sequence[dict[str, Any]]) -> bool:
-    """Whether a key's value is told by one that comes before it, as half of max_length is: it is no axis of its own."""
-    for before in axes[: axes.index(key)]:
-        told: dict[str, Any] = {}
-        if all(told.setdefault(repr(each.get(before)), each.get(key)) == each.get(key) for each in configs):
-            return True
-    return False
-
-
-def _trial(folder: Path, config: dict[str, Any], axes: Sequence[str]) -> Trial:
-    run, metrics = _json(folder / "run.json"), _json(folder / "metrics.json")
+def _read_trial(folder: Path, name: str) -> Trial:
+    run = _json(folder / "run.json")
+    config = read_config(folder / "config.yaml")
+    if run and not run.get("choices"):
+        run["choices"] = _composed_choices(folder)
+    status = run.get("status")
+    seed = config.get("seed")
     return Trial(
         folder=folder,
-        status=str(run.get("status", "running")),
-        point={axis: config[axis] for axis in axes if axis in config},
-        seed=config.get(SEED),
-        objective_name=run.get("objective_name"),
-        objective=run.get("objective") if run.get("status") == "finished" else None,
-        metrics=metrics,
-        error=run.get("error"),
+        name=name,
+        status=cast("Status", status) if status in ("running", "finished", "failed", "pruned") else "failed",
+        axes={},
+        seed=seed if isinstance(seed, int) else None,
+        objective=None,
+        objective_name=str(
+            run.get("objective_name") or config.get("objective") or config.get("recipe.objective") or ""
+        ),
+        direction="minimize",
+        metrics=_json(folder / "metrics.json"),
+        error=run.get("error") or (None if run else NO_RUN_JSON),
+        wall_times=run.get("wall_times") or {},
+        peak_memory_bytes=run.get("peak_memory_bytes"),
+        run=run,
+        config=config,
     )
 
 
-def _json(file: Path) -> dict[str, Any]:
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    loaded: dict[str, Any] = json.loads(text) if text.strip() else {}
-    return loaded
+def _common_objective(trials: Sequence[Trial]) -> str:
+    names = Counter(trial.objective_name for trial in trials if trial.objective_name)
+    return names.most_common(1)[0][0] if names else ""
 
 
-def _yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+def _value(trial: Trial, objective: str) -> float | None:
+    value = trial.run.get("objective") if trial.objective_name == objective else None
+    value = trial.metrics.get(objective) if value is None else value
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+# Axes ------------------------------------------------------------------------------------------------
+
+
+def derive_axes(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return each trial's values of the settings that differ.
+
+    Where the choice of a group differs (`lora=lora,dora`), it stands for the keys that follow from it.
+    """
+    known = [trial for trial in trials if trial.config]
+    keys = dict.fromkeys(key for trial in known for key in trial.config if key.partition(".")[0] not in NOT_AN_AXIS)
+    differing = [key for key in keys if len({_hashable(trial.config.get(key)) for trial in known}) > 1]
+    groups = dict.fromkeys(key.partition(".")[0] for key in differing)
+    chosen = [group for group in groups if len({_choice(trial, group) for trial in known} - {None}) > 1]
+    axes = chosen + [key for key in differing if not _follows(key, known, chosen)]
+    return [{key: _setting(trial, key, chosen) for key in axes} if trial.config else {} for trial in trials]
+
+
+def _setting(trial: Trial, key: str, chosen: Sequence[str]) -> Any:
+    return _choice(trial, key) if key in chosen else trial.config.get(key)
+
+
+def _choice(trial: Trial, group: str) -> str | None:
+    choices: Mapping[str, str] = trial.run.get("choices") or {}
+    return choices.get(group)
+
+
+def _follows(key: str, trials: Iterable[Trial], chosen: Sequence[str]) -> bool:
+    """Whether a key has one value for each choice of its group, so that the choice says it all."""
+    group = key.partition(".")[0]
+    values: dict[str | None, set[Any]] = {}
+    for trial in trials:
+        values.setdefault(_choice(trial, group), set()).add(_hashable(trial.config.get(key)))
+    return group in chosen and all(len(found) == 1 for found in values.values())
+
+
+def _hashable(value: Any) -> Any:
+    # 1 and 1.0 are one value; 1 and true are two.
+    return (isinstance(value, bool), json.dumps(value, default=str) if isinstance(value, list | dict) else value)
+
+
+# Files -----------------------------------------------------------------------------------------------
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the leaves of a YAML mapping, their keys joined by dots; nothing where there is no such file."""
+    config: dict[str, Any] = {}
+    for section in re.split(r"^(?=[^\s#])", _text(path), flags=re.MULTILINE):
+        config |= _leaves(section)
+    return config
+
+
+@lru_cache(maxsize=4096)
+def _leaves(section: str) -> dict[str, Any]:
+    # By top-level key and remembered: the configs of a sweep differ in few keys, and YAML takes milliseconds a file.
+    parsed = _parse_yaml(section)
+    return dict(_flatten(parsed)) if isinstance(parsed, dict) else {}
+
+
+def _flatten(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def sweep_command(folder: Path) -> str:
+    """Return the command that began a sweep, as Hydra noted it in its folder; empty where it did not."""
+    noted = re.search(r"^    task:\n((?:    - .*\n)+)", _text(folder / "multirun.yaml"), re.MULTILINE)
+    overrides = _parse_yaml(noted[1]) if noted else None
+    return shlex.join(["python", "-m", "lora_exp", "-m", *map(str, overrides)]) if overrides else ""
+
+
+def _composed_choices(folder: Path) -> dict[str, Any]:
+    """Return the choices that Hydra noted, for a run that ended before it noted them itself."""
+    found = re.search(r"^    choices:\n((?:      .*\n)+)", _text(folder / ".hydra" / "hydra.yaml"), re.MULTILINE)
+    choices = _parse_yaml(found[1]) if found else None
+    return {key: value for key, value in choices.items() if "/" not in key} if isinstance(choices, dict) else {}
+
+
+def _parse_yaml(text: str) -> Any:
+    """Return what YAML says, or None where a file is torn."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - a safe one
+    except yaml.YAMLError:
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, or nothing where the file is missing or torn."""
+    try:
+        found = json.loads(_text(path) or "{}")
+    except json.JSONDecodeError:
         return {}
-    return dict(yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader) or {})
+    return found if isinstance(found, dict) else {}
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_jsonl(path)
+    except json.JSONDecodeError:
+        return []
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -1,0 +1,232 @@
+"""The page of a sweep, or of any runs to compare: `report.html`, one file that needs nothing else.
+
+Plotly draws the charts in the reader's browser; its script stands in the page, and the page's Content-Security-Policy
+lets run that script and our own few lines by their hashes, and nothing else: no other script, no network.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lora_exp.errors import count
+from lora_exp.reports import figures
+from lora_exp.reports.figures import Figure, label, setting, with_interval
+from lora_exp.reports.page import PAGE, TEMPLATES, duration, memory, render
+from lora_exp.run_folder import write_whole
+from lora_exp.sweeps.leaderboard import Leaderboard, Point, leaderboard, summary, write_leaderboard
+from lora_exp.sweeps.trials import Trial, read_trials, sweep_command
+
+MOST_ROWS = 100
+"""Rows of a table in the page; `leaderboard.csv` has all."""
+SAMPLE_COLUMNS = 3
+"""Points whose answers stand side by side."""
+
+
+def write_sweep(folder: Path, objective: str | None = None) -> Leaderboard:
+    """Write `leaderboard.csv`, `leaderboard.json` and `report.html` of a sweep folder, as it stands now.
+
+    Raises:
+        UserError: If the folder holds no run.
+    """
+    trials = read_trials(folder, objective)
+    board = write_leaderboard(folder, trials)
+    write_sweep_page(folder / PAGE, board, folder.name or str(folder))
+    return board
+
+
+def write_comparison(page: Path, folders: Sequence[Path], objective: str | None = None) -> Leaderboard:
+    """Write one page of any run folders and sweep folders.
+
+    Raises:
+        UserError: If a folder holds no run.
+    """
+    board = leaderboard(read_trials(folders, objective))
+    write_sweep_page(page, board, "comparison")
+    return board
+
+
+def write_sweep_page(page: Path, board: Leaderboard, name: str) -> None:
+    """Write the page of a leaderboard."""
+    write_whole(page, render("sweep.html.j2", sweep_facts(board, name, page.parent)))
+
+
+def sweep_facts(board: Leaderboard, name: str, beside: Path) -> dict[str, Any]:
+    """Return what the template shows.
+
+    Args:
+        board: The trials, ranked.
+        name: What the page is called.
+        beside: The folder that the page will stand in.
+    """
+    frontier = figures.frontier_figure(board)
+    sections = [(title, charts) for title, charts in _sections(board, frontier) if charts]
+    drawn = [figure for _, charts in sections for figure in charts]
+    scripts = _scripts() if drawn else []
+    failed = [trial for trial in board.trials if trial.status == "failed"]
+    return {
+        "name": name,
+        "summary": summary(board),
+        "running": any(trial.status == "running" for trial in board.trials),
+        "asked": asked(board),
+        "command": sweep_command(beside),
+        "board": board,
+        "best": _best(board, beside),
+        "columns": list(figures.short_names(board.axes).values()),
+        "rows": [_row(point, board, beside) for point in board.points[:MOST_ROWS]],
+        "left_out": max(0, len(board.points) - MOST_ROWS),
+        "sections": sections,
+        "figures": [{"data": figure.data, "layout": figure.layout} for figure in drawn],
+        "missing": frontier if isinstance(frontier, str) else "",
+        "failed": [(trial, _settings(trial.axes), _link(trial, beside)) for trial in failed[:MOST_ROWS]],
+        "failed_left_out": max(0, len(failed) - MOST_ROWS),
+        "samples": samples(board),
+        "totals": totals(board.trials),
+        "scripts": scripts,
+        "script_hashes": " ".join(f"'{_sha256(script)}'" for script in scripts),
+    }
+
+
+def _sections(board: Leaderboard, frontier: Figure | str | None) -> Iterable[tuple[str, list[Figure]]]:
+    parallel = figures.parallel_figure(board)
+    yield "By setting", figures.objective_figures(board)
+    yield "Together", [parallel] if parallel else []
+    yield "Reward against distance", [frontier] if isinstance(frontier, Figure) else []
+    yield "Training", figures.curve_figures(board)
+    yield "Time and memory", figures.cost_figures(board)
+
+
+# Scripts ---------------------------------------------------------------------------------------------
+
+
+def _scripts() -> list[Any]:
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    texts = [get_plotlyjs(), (TEMPLATES / "charts.js").read_text(encoding="utf-8")]
+    return [Markup(text) for text in texts]  # noqa: S704 - the library's text and ours, no data
+
+
+def _sha256(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+# Words and tables ------------------------------------------------------------------------------------
+
+
+def asked(board: Leaderboard) -> list[tuple[str, str]]:
+    """Return what the sweep was to find out: the settings that were tried, and what all runs share."""
+    trials = [trial for trial in board.trials if trial.config]
+    seeds = sorted({trial.seed for trial in trials if trial.seed is not None})
+    facts = [(key, ", ".join(_values(trial.axes[key] for trial in trials))) for key in board.axes]
+    if len(seeds) > 1:
+        facts.append(("seeds", ", ".join(map(str, seeds))))
+    if board.objective_name:
+        better = "less is better" if board.direction == "minimize" else "more is better"
+        facts.append(("objective", f"{board.objective_name}: {better}"))
+    for group in dict.fromkeys(group for trial in trials for group in trial.run.get("choices") or {}):
+        options = _values((trial.run.get("choices") or {}).get(group) for trial in trials)
+        if len(options) == 1 and group != "tracker":
+            facts.append((group, options[0]))
+    models = _values(trial.run.get("model") for trial in trials if trial.run.get("model"))
+    return [*facts, ("weights", models[0])] if len(models) == 1 else facts
+
+
+def _values(values: Iterable[Any]) -> list[str]:
+    return [setting(value) for value in sorted({setting(v): v for v in values}.values(), key=figures.order)]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best point and the run of it to use.
+
+    Args:
+        point: It.
+        trial: Its run with the best objective.
+        settings: What was tried in it.
+        objective: The mean with its interval.
+        adapter: Where its adapter lies; empty where it was not kept.
+        link: The run's own page; empty where there is none.
+        config: The text of its `config.yaml`.
+    """
+
+    point: Point
+    trial: Trial
+    settings: str
+    objective: str
+    adapter: str
+    link: str
+    config: str
+
+
+def _best(board: Leaderboard, beside: Path) -> Best | None:
+    point = board.best
+    if point is None or point.objective is None:
+        return None
+    trial, config = point.best, point.best.folder / "config.yaml"
+    adapter = trial.folder / "adapter"
+    return Best(
+        point,
+        trial,
+        _settings(point.axes) or trial.name,
+        with_interval(point.objective),
+        str(adapter) if adapter.is_dir() else "",
+        _link(trial, beside),
+        config.read_text(encoding="utf-8") if config.is_file() else "",
+    )
+
+
+def _settings(axes: Mapping[str, Any]) -> str:
+    return "\n".join(f"{key}={setting(value)}" for key, value in axes.items())
+
+
+def _row(point: Point, board: Leaderboard, beside: Path) -> dict[str, Any]:
+    """Return a row of the leaderboard."""
+    return {
+        "rank": str(point.rank or ""),
+        "settings": [setting(point.axes[key]) if key in point.axes else "" for key in board.axes],
+        "objective": with_interval(point.objective) if point.objective else "",
+        "status": point.status,
+        "time": duration(point.seconds) if point.seconds else "",
+        "memory": memory(point.peak_memory_bytes) if point.peak_memory_bytes else "",
+        "links": [(trial.name, _link(trial, beside)) for trial in point.trials],
+    }
+
+
+def _link(trial: Trial, beside: Path) -> str:
+    """Return the way from the page to a run's own page; empty where it has none."""
+    page = trial.folder / PAGE
+    # With the dot, as a folder named `a:b` would be read as a protocol.
+    return f"./{quote(Path(os.path.relpath(page, beside)).as_posix())}" if page.is_file() else ""
+
+
+def samples(board: Leaderboard) -> list[dict[str, Any]]:
+    """Return each prompt of the best run with the answers of the best points, side by side."""
+    points = [point for point in board.points if point.objective][:SAMPLE_COLUMNS]
+    if not points:
+        return []
+    answers = [{sample.get("prompt"): sample.get("after") for sample in point.best.samples} for point in points]
+    shown = []
+    for sample in points[0].best.samples:
+        columns = [("expected", sample.get("expected"), ""), ("before", sample.get("before"), "")]
+        columns += [(label(p), a.get(sample.get("prompt")), "") for p, a in zip(points, answers, strict=True)]
+        shown.append({"prompt": sample.get("prompt", ""), "columns": columns})
+    return shown
+
+
+def totals(trials: Sequence[Trial]) -> list[tuple[str, str]]:
+    """Return what all trials took together."""
+    peaks = [trial.peak_memory_bytes for trial in trials if trial.peak_memory_bytes]
+    facts = [("time of all runs", duration(sum(trial.seconds for trial in trials)))]
+    reused = [trial.run.get("reference") or {} for trial in trials]
+    if any(reference.get("computed") or reference.get("reused") for reference in reused):
+        computed, read = (sum(reference.get(name) or 0 for reference in reused) for name in ("computed", "reused"))
+        facts.append(("reference", f"{count(computed, 'row')} computed, {read:,} reused"))
+    return [*facts, ("largest peak memory", memory(max(peaks)))] if peaks else facts
