@@ -7,11 +7,13 @@ from pathlib import Path
 from lora_exp.reports.console import leaderboard_table, say
 from lora_exp.reports.page import PAGE
 from lora_exp.reports.sweep_page import write_sweep
+from lora_exp.sweeps.question import Question
 
 
 def tell(folder: Path) -> None:
     """Bring the sweep's files up to date and print the table."""
-    leaderboard_table(write_sweep(folder))
+    question = Question.read(folder)
+    leaderboard_table(write_sweep(folder), question.trials if question else 0)
 
 
 def close(folder: Path) -> None:

@@ -311,6 +311,8 @@ def states(trials: Sequence[Trial]) -> str:
     return ", ".join(f"{found.count(state)} {state}" for state in get_args(Status) if state in found)
 
 
-def summary(board: Leaderboard) -> str:
-    """Return how many trials there are, and in which state."""
+def summary(board: Leaderboard, whole: str = "") -> str:
+    """Return how many trials there are, out of how many (` of 12`), and in which state."""
+    if whole:
+        return f"{len(board.trials):,}{whole} trials: {states(board.trials)}"
     return f"{count(len(board.trials), 'trial')}: {states(board.trials)}"
