@@ -21,6 +21,8 @@ GREY = "#8b939c"
 
 MOST_LINES = 8
 """Lines that colours still tell apart."""
+MOST_VALUES = 20
+"""Values of a setting that are worth a mean each."""
 MOST_POINTS = 500
 """Points of a chart; a sweep of thousands shows its best."""
 MOST_BARS = 30
@@ -55,7 +57,14 @@ class Figure:
 
 def layout(x: Mapping[str, Any], y: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Return what all charts have in common."""
-    axis = {"zeroline": False, "automargin": True, "fixedrange": False, "ticks": "outside", "ticklen": 4}
+    axis = {
+        "zeroline": False,
+        "automargin": True,
+        "fixedrange": False,
+        "ticks": "outside",
+        "ticklen": 4,
+        "exponentformat": "e",
+    }
     return {
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -105,12 +114,6 @@ def label(point: Point) -> str:
     return f"{f'#{point.rank} ' if point.rank else ''}{settings or point.trials[0].name}"
 
 
-def legend_name(point: Point) -> str:
-    """Return a point's label where a legend has room for it, or its rank: the leaderboard says the rest."""
-    whole = label(point)
-    return whole if len(whole) <= MOST_LETTERS or not point.rank else f"#{point.rank}"
-
-
 def with_interval(value: Interval) -> str:
     """Return `0.81 ± 0.02`, or the value alone."""
     return number(value.mean) if value.half is None else f"{number(value.mean)} ± {value.half:.2g}"
@@ -122,11 +125,16 @@ def with_interval(value: Interval) -> str:
 def objective_figures(board: Leaderboard) -> list[Figure]:
     """Return a chart for each axis: every point that has a result, with its interval."""
     points = [point for point in board.points if point.objective][:MOST_POINTS]
-    return [_objective_figure(board, key, points) for key in board.axes] if points else []
+    return [_objective_figure(board, key, points) for key in varied(board.axes, points)]
+
+
+def varied(axes: Sequence[str], points: Sequence[Point]) -> list[str]:
+    """Return the settings of which the points have more than one value: some differ in failed trials alone."""
+    return [key for key in axes if len({setting(point.axes.get(key)) for point in points}) > 1]
 
 
 def _objective_figure(board: Leaderboard, key: str, points: Sequence[Point]) -> Figure:
-    others = short_names([other for other in board.axes if other != key])
+    others = short_names([other for other in varied(board.axes, points) if other != key])
     lines: dict[str, list[Point]] = {}
     for point in points:
         name = ", ".join(f"{short}={setting(point.axes[other])}" for other, short in others.items())
@@ -135,7 +143,9 @@ def _objective_figure(board: Leaderboard, key: str, points: Sequence[Point]) -> 
     if len(lines) <= MOST_LINES:
         data = [_settings_line(name, found, key, place, COLOURS[n]) for n, (name, found) in enumerate(lines.items())]
     else:
-        data = [_settings_dots(points, key, place), _settings_mean(points, key, place)]
+        data = [_settings_dots(points, key, place)]
+        # Of a setting that was drawn at random, each value stands alone.
+        data += [_settings_mean(points, key, place)] if len(_by_value(points, key)) <= MOST_VALUES else []
     limits, cut = _range(points)
     drawn = layout(
         {**axis_title(key), **place.axis},
@@ -273,10 +283,11 @@ def _range(points: Sequence[Point]) -> tuple[list[float], bool]:
 def parallel_figure(board: Leaderboard) -> Figure | None:
     """Return a line a point across all settings and the objective; None of fewer than two settings."""
     points = [point for point in board.points if point.objective][:MOST_POINTS]
-    if len(board.axes) < 2 or len(points) < 2:
+    axes = varied(board.axes, points)
+    if len(axes) < 2:
         return None
-    columns = [*board.axes, board.objective_name]
-    rows = [[*(point.axes[key] for key in board.axes), point.objective.mean] for point in points if point.objective]
+    columns = [*axes, board.objective_name]
+    rows = [[*(point.axes[key] for key in axes), point.objective.mean] for point in points if point.objective]
     scales = [_scale([row[n] for row in rows]) for n in range(len(columns))]
     groups = [
         ("the other points", points[10:], GREY, 1.0, 0.35),
@@ -285,11 +296,19 @@ def parallel_figure(board: Leaderboard) -> Figure | None:
     ]
     data = [_parallel_lines(*group, rows=rows, scales=scales) for group in groups if group[1]]
     marks = [
-        {"x": n, "y": at, "text": plain(text), "showarrow": False, "xanchor": "left", "xshift": 4}
+        {
+            "x": n,
+            "y": at,
+            "text": plain(text),
+            "showarrow": False,
+            "xanchor": "left",
+            "xshift": 4,
+            "bgcolor": "rgba(255,255,255,0.7)",
+        }
         for n, scale in enumerate(scales)
         for text, at in scale.ticks
     ]
-    names = [*short_names(board.axes).values(), board.objective_name.removeprefix("eval_")]
+    names = [*short_names(axes).values(), board.objective_name.removeprefix("eval_")]
     drawn = layout(
         {
             "tickvals": list(range(len(columns))),
@@ -335,10 +354,10 @@ def _scale(values: Sequence[Any]) -> Scale:
         return (bend(value) - low) / (high - low) if high > low else 0.5
 
     if len(distinct) <= 5:
-        return Scale(at, [(setting(value), at(value)) for value in distinct])
+        return Scale(at, [(f"{value:.4g}", at(value)) for value in distinct])
     unbend = math.exp if bend is math.log else float
     quarters = [low + (high - low) * n / 4 for n in range(5)]
-    return Scale(at, [(f"{unbend(quarter):.3g}", n / 4) for n, quarter in enumerate(quarters)])
+    return Scale(at, [(f"{unbend(quarter):.4g}", n / 4) for n, quarter in enumerate(quarters)])
 
 
 def _parallel_lines(
@@ -473,8 +492,14 @@ def curve_figures(board: Leaderboard) -> list[Figure]:
 def _curve_figure(board: Leaderboard, key: str, short: str) -> Figure | None:
     ranked = [point for point in board.points if point.objective][:MOST_LINES]
     rest = [point for point in board.points if not point.objective][:MOST_LINES]
-    data = [trace for n, point in enumerate(ranked) for trace in _curve_traces(point, key, COLOURS[n])]
-    data += [trace for point in rest for trace in _curve_traces(point, key, GREY)]
+    names = [label(point) if len(ranked) <= 3 else f"#{point.rank}" for point in ranked]
+    data = [
+        trace
+        for point, name, colour in zip(ranked, names, COLOURS, strict=False)
+        for trace in _curve_traces(point, key, name, colour)
+    ]
+    grey = [trace for point in rest for trace in _curve_traces(point, key, "without a result", GREY)]
+    data += [{**trace, "showlegend": trace is grey[0]} for trace in grey]
     if not data:
         return None
     limits = _curve_range(data)
@@ -497,13 +522,12 @@ def _curve_range(data: Sequence[Mapping[str, Any]]) -> list[float]:
     return [low - 0.15 * room, high + 0.15 * room]
 
 
-def _curve_traces(point: Point, key: str, colour: str) -> list[dict[str, Any]]:
+def _curve_traces(point: Point, key: str, name: str, colour: str) -> list[dict[str, Any]]:
     """Return the mean over a point's seeds: training dotted, validation with dots and its 95 % band."""
     trials = point.results or point.trials
     train = _mean_curve(series_of(trial.steps, key) for trial in trials)
     evaluation = _mean_curve(series_of(trial.steps, f"eval_{key}") for trial in trials)
-    name = legend_name(point) if point.rank else f"{point.status}: {label(point)}"[: MOST_LETTERS + 8]
-    words = label(point)
+    words = label(point) if point.rank else f"{point.status}: {label(point)}"
     dotted = {"mode": "lines", "line": {"color": colour, "width": 1.25, "dash": "dot"}}
     traces = [_curve(name, f"{words}\ntraining", train, dotted)] if train else []
     if evaluation:

@@ -17,13 +17,13 @@ from urllib.parse import quote
 
 from lora_exp.errors import count
 from lora_exp.reports import figures
-from lora_exp.reports.figures import Figure, label, setting, with_interval
+from lora_exp.reports.figures import MOST_VALUES, Figure, label, setting, with_interval
 from lora_exp.reports.page import PAGE, TEMPLATES, duration, memory, render
 from lora_exp.run_folder import write_whole
 from lora_exp.sweeps.leaderboard import Leaderboard, Point, leaderboard, summary, write_leaderboard
 from lora_exp.sweeps.trials import Trial, read_trials, sweep_command
 
-MOST_ROWS = 100
+MOST_ROWS = 50
 """Rows of a table in the page; `leaderboard.csv` has all."""
 SAMPLE_COLUMNS = 3
 """Points whose answers stand side by side."""
@@ -125,7 +125,7 @@ def asked(board: Leaderboard) -> list[tuple[str, str]]:
     """Return what the sweep was to find out: the settings that were tried, and what all runs share."""
     trials = [trial for trial in board.trials if trial.config]
     seeds = sorted({trial.seed for trial in trials if trial.seed is not None})
-    facts = [(key, ", ".join(_values(trial.axes[key] for trial in trials))) for key in board.axes]
+    facts = [(key, _tried([trial.axes[key] for trial in trials])) for key in board.axes]
     if len(seeds) > 1:
         facts.append(("seeds", ", ".join(map(str, seeds))))
     if board.objective_name:
@@ -141,6 +141,14 @@ def asked(board: Leaderboard) -> list[tuple[str, str]]:
 
 def _values(values: Iterable[Any]) -> list[str]:
     return [setting(value) for value in sorted({setting(v): v for v in values}.values(), key=figures.order)]
+
+
+def _tried(values: Sequence[Any]) -> str:
+    """Return the values of a setting, or of very many the ends."""
+    found = _values(values)
+    if len(found) <= MOST_VALUES:
+        return ", ".join(found)
+    return f"{found[0]} to {found[-1]} ({len(found):,} values)"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev, variance
-from typing import Any, get_args
+from typing import Any
 
 from lora_exp.errors import count
 from lora_exp.run_folder import Status, to_json, write_whole
@@ -308,7 +308,8 @@ def _timed(metric: str) -> bool:
 def states(trials: Sequence[Trial]) -> str:
     """Return how many trials are in which state."""
     found = [trial.status for trial in trials]
-    return ", ".join(f"{found.count(state)} {state}" for state in get_args(Status) if state in found)
+    order: Sequence[Status] = ("finished", "running", "pruned", "failed")
+    return ", ".join(f"{found.count(state):,} {state}" for state in order if state in found)
 
 
 def summary(board: Leaderboard, whole: str = "") -> str:
