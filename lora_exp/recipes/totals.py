@@ -61,12 +61,22 @@ class Totals(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 class CarriedTotals:
-    """Mixed in before a TRL trainer: its sums go on after a resume."""
+    """Mixed in before a TRL trainer: after a resume it goes on as if it had not been interrupted."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.totals = Totals(self)
         self.add_callback(self.totals)  # type: ignore[attr-defined]
+
+    def _run_epoch(self, **epoch: Any) -> None:
+        """Train no step beyond the last: Trainer asks whether it is done only after a step."""
+        state = self.state  # type: ignore[attr-defined]
+        if state.global_step < state.max_steps:
+            super()._run_epoch(**epoch)  # type: ignore[misc]
+            return
+        self.control.should_training_stop = True  # type: ignore[attr-defined]
+        if "eval_loss" in state.log_history[-1]:
+            self.model.eval()  # type: ignore[attr-defined]  # as the evaluation left it; TRL's log asks
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Take the time of all parts of the run, as the steps are those of all parts."""
