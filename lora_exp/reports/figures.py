@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -28,6 +29,9 @@ MOST_POINTS = 500
 MOST_BARS = 30
 MOST_LETTERS = 32
 """Of a name in a legend, so that it fits on a phone."""
+
+MIN_GAP = 0.06
+"""Between two numbers beside a column, as a part of its height."""
 
 KL, ACCURACY, LOGPS = "eval_kl_chosen", "eval_rewards/accuracies", "eval_logps/chosen"
 
@@ -345,16 +349,17 @@ def _scale(values: Sequence[Any]) -> Scale:
     placing = _placing(values)
     distinct = sorted({setting(value): value for value in values}.values(), key=order)
     if placing.axis["type"] == "category":
-        places = {setting(value): n / max(len(distinct) - 1, 1) for n, value in enumerate(distinct)}
-        return Scale(lambda value: places[setting(value)], list(places.items())[:12])
+        names = {setting(value): n / max(len(distinct) - 1, 1) for n, value in enumerate(distinct)}
+        return Scale(lambda value: names[setting(value)], list(names.items())[:: math.ceil(len(names) * MIN_GAP)])
     bend = math.log if placing.axis["type"] == "log" else float
     low, high = bend(distinct[0]), bend(distinct[-1])
 
     def at(value: Any) -> float:
         return (bend(value) - low) / (high - low) if high > low else 0.5
 
-    if len(distinct) <= 5:
-        return Scale(at, [(f"{value:.4g}", at(value)) for value in distinct])
+    places = [at(value) for value in distinct]
+    if len(distinct) <= 5 and all(right - left > MIN_GAP for left, right in pairwise(places)):
+        return Scale(at, [(f"{value:.4g}", place) for value, place in zip(distinct, places, strict=True)])
     unbend = math.exp if bend is math.log else float
     quarters = [low + (high - low) * n / 4 for n in range(5)]
     return Scale(at, [(f"{unbend(quarter):.4g}", n / 4) for n, quarter in enumerate(quarters)])
@@ -528,7 +533,12 @@ def _curve_traces(point: Point, key: str, name: str, colour: str) -> list[dict[s
     train = _mean_curve(series_of(trial.steps, key) for trial in trials)
     evaluation = _mean_curve(series_of(trial.steps, f"eval_{key}") for trial in trials)
     words = label(point) if point.rank else f"{point.status}: {label(point)}"
-    dotted = {"mode": "lines", "line": {"color": colour, "width": 1.25, "dash": "dot"}}
+    # Of a single value there is no line.
+    dotted = {
+        "mode": "lines" if len(train) > 1 else "markers",
+        "line": {"color": colour, "width": 1.25, "dash": "dot"},
+        "marker": {"color": colour, "size": 4},
+    }
     traces = [_curve(name, f"{words}\ntraining", train, dotted)] if train else []
     if evaluation:
         traces += [_band(evaluation, name, colour)] if any(found.half for _, found in evaluation) else []
