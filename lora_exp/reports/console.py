@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_exp.errors import count
-from lora_exp.reports.figures import setting, short_names, with_interval
+from lora_exp.reports.figures.base import setting, short_names, with_interval
 from lora_exp.reports.page import duration, number
 from lora_exp.reports.results import RunResults
 from lora_exp.sweeps.leaderboard import Leaderboard, Point, summary

@@ -19,7 +19,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from lora_exp.reports.figures import MIN_GAP, Figure, frontier_figure, label, parallel_figure, plain
+from lora_exp.reports.figures.base import Figure, label, plain
+from lora_exp.reports.figures.frontier import frontier_figure
+from lora_exp.reports.figures.parallel import MIN_GAP, parallel_figure
 from lora_exp.reports.page import write_page
 from lora_exp.reports.sweep_page import sweep_facts, write_comparison, write_sweep
 from lora_exp.sweeps.leaderboard import leaderboard
