@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m lora_exp
 DEMO   := outputs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo bench test test-slow unit smoke lint types format schema wheel clean
+.PHONY: help install install-dev demo sweep-demo bench test test-slow unit smoke lint types format schema wheel clean
 
 help: ## list every target
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,9 +26,12 @@ install: $(VENV)/.base ## make .venv and install lora_exp in it
 install-dev: $(VENV)/.dev ## the same, with what the tests need
 
 demo: $(VENV)/.base ## SFT, then DPO on top of it: embedded model, sample data, CPU, about a minute
-	@$(RUN) +experiment=demo_sft output_dir=$(DEMO)/sft
-	@$(RUN) +experiment=demo_dpo model.adapter=$(DEMO)/sft output_dir=$(DEMO)/dpo
+	@$(RUN) experiment=demo_sft output_dir=$(DEMO)/sft
+	@$(RUN) experiment=demo_dpo model.adapter=$(DEMO)/sft output_dir=$(DEMO)/dpo
 	@$(BIN)/python -m lora_exp.report $(DEMO)/sft $(DEMO)/dpo
+
+sweep-demo: $(VENV)/.base ## twelve trials of DPO on the embedded model: beta, learning rate, seed
+	@$(RUN) -m experiment=demo_sweep sweep.name=demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
 test: $(VENV)/.dev lint types ## linters, type check, unit and smoke tests
 	$(BIN)/python -m pytest

@@ -7,7 +7,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from lora_exp.cli import job_failures, launch_from_hydra, prepare
+from lora_exp.cli import failures, launch_from_hydra, prepare
 from lora_exp.config import CONF_DIR, register_resolvers
 from lora_exp.errors import USER_ERROR_STATUS, UserError, print_user_error
 
@@ -19,16 +19,16 @@ def launch(composed: DictConfig) -> float | None:
     """Run one job, alone or of a multirun."""
     from lora_exp.run import run
 
-    with job_failures():
-        return run(composed, launch_from_hydra())
+    job = launch_from_hydra()
+    return failures.guard(lambda: run(composed, job), job.folder, composed.sweep.fail_fast)
 
 
 def main() -> None:
     """Check the command line, then let Hydra run it."""
     try:
-        sys.argv[1:] = prepare(sys.argv[1:])
+        sys.argv[1:], sweep = prepare(sys.argv[1:])
         launch()
-        job_failures.raise_if_any()
+        failures.conclude(sweep)
     except UserError as error:
         print_user_error(error)
         sys.exit(USER_ERROR_STATUS)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError, count, print_user_error
+from lora_exp.sweeps.answer import close, tell
+from lora_exp.sweeps.names import key_of
+from lora_exp.sweeps.supervisor import lost, supervise
+
+if TYPE_CHECKING:
+    from lora_exp.compose import Composer
 
 
-def prepare(argv: list[str]) -> list[str]:
-    """Return the arguments to hand to Hydra, once every job that they mean has been checked.
+def prepare(argv: list[str]) -> tuple[list[str], Path | None]:
+    """Return the arguments to hand to Hydra, once every job that they mean has been checked, and a multirun's folder.
 
     `resume=<folder>` brings the overrides of the run in that folder along, and its `--config-dir`.
 
@@ -25,48 +33,50 @@ def prepare(argv: list[str]) -> list[str]:
     """
     from hydra._internal.utils import get_args_parser
 
+    from lora_exp.sweeps.start import start_sweep
+
     arguments, unknown = get_args_parser().parse_known_args(argv)
     if unknown or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
-        return argv
+        return argv, None
+    sweep = None
     resumed = resumed_overrides(arguments.overrides)
     flags: list[str] = []
     run_folder = _given(arguments.overrides).get("resume")
     if run_folder and not arguments.config_dir:
         arguments.config_dir = _resumed_config_dir(run_folder)
         flags = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
-    check = _check_composes if arguments.cfg else _check_jobs
-    check(arguments, resumed + arguments.overrides)
-    return flags + resumed + argv
+    overrides = resumed + [_without_plus(each) for each in arguments.overrides]
+    with _composer(arguments) as composer:
+        if arguments.cfg:
+            composer.compose(overrides, check_values=False)
+        elif arguments.multirun:
+            plan = start_sweep(composer, overrides)
+            overrides, sweep = plan.overrides, plan.folder
+            supervise(sweep)
+        else:
+            _check_run(composer, overrides)
+    return [*flags, *(each for each in argv if each not in arguments.overrides), *overrides], sweep
 
 
-def _search_path(arguments: argparse.Namespace) -> Path | None:
-    return Path(arguments.config_dir).resolve() if arguments.config_dir else None
-
-
-def _check_composes(arguments: argparse.Namespace, overrides: list[str]) -> None:
+def _composer(arguments: argparse.Namespace) -> Composer:
     from lora_exp.compose import Composer
 
-    with Composer(_search_path(arguments), arguments.config_name) as composer:
-        composer.compose(overrides, check_values=False)
+    config_dir = Path(arguments.config_dir).resolve() if arguments.config_dir else None
+    return Composer(config_dir, arguments.config_name)
 
 
-def _check_jobs(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    """Compose and check every job of the command line; a single run's folder must be free."""
-    from lora_exp.compose import Composer
+def _without_plus(override: str) -> str:
+    """`+experiment=...` is what Hydra asks for where nothing is chosen by default; both ways of writing work here."""
+    return override.removeprefix("+") if override.startswith("+experiment=") else override
+
+
+def _check_run(composer: Composer, overrides: list[str]) -> None:
+    """Compose and check a single run; its folder must be free."""
     from lora_exp.run_folder import holds_run, taken
 
-    with Composer(_search_path(arguments), arguments.config_name) as composer:
-        jobs = composer.jobs(overrides) if arguments.multirun else [overrides]
-        problems: dict[Problem, None] = {}
-        for job in jobs:
-            try:
-                composed = composer.compose(job, check_values=True)
-            except UserError as error:
-                problems |= dict.fromkeys(error.problems)
-        if problems:
-            raise UserError(f"the config has {count(len(problems), 'problem')}", problems)
+    composed = composer.compose(overrides, check_values=True)
     # Said here too, because Hydra writes to the folder before the run itself can look.
-    if not arguments.multirun and composed.resume != composed.output_dir:
+    if composed.resume != composed.output_dir:
         folder = Path(composed.output_dir)
         if holds_run(folder):
             raise UserError("the run cannot start", [taken(folder)])
@@ -91,7 +101,7 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
             "the run cannot be resumed", [Problem("resume", what, "name the folder of a run, as in outputs/")]
         )
     earlier = [str(override) for override in OmegaConf.load(saved)]
-    return [override for override in earlier if _key(override) not in {*given, "output_dir", "resume"}]
+    return [override for override in earlier if key_of(override) not in {*given, "output_dir", "resume"}]
 
 
 def _resumed_config_dir(run_folder: str) -> str | None:
@@ -104,11 +114,7 @@ def _resumed_config_dir(run_folder: str) -> str | None:
 
 
 def _given(overrides: list[str]) -> dict[str, str]:
-    return {_key(override): override.partition("=")[2] for override in overrides}
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+    return {key_of(override): override.partition("=")[2] for override in overrides}
 
 
 def launch_from_hydra() -> Any:
@@ -120,37 +126,74 @@ def launch_from_hydra() -> Any:
     if folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())
     choices = {group: option for group, option in hydra_config.runtime.choices.items() if "/" not in group}
-    multirun = hydra_config.mode == RunMode.MULTIRUN
-    sweep = "_".join(Path(hydra_config.sweep.dir).parts[-2:]) if multirun else None
-    varied = hydra_config.job.override_dirname if multirun else "_".join(folder.parts[-2:])
-    return Launch(folder, choices, sweep, f"{choices['recipe']}-{choices['model']} {varied}")
+    if hydra_config.mode == RunMode.MULTIRUN:
+        sweep = "_".join(Path(hydra_config.sweep.dir).parts[1:])
+        return Launch(folder, choices, sweep, f"{choices['recipe']}-{choices['model']} {folder.name}")
+    return Launch(folder, choices, None, f"{choices['recipe']}-{choices['model']} {'_'.join(folder.parts[-2:])}")
 
 
-class JobFailures:
-    """What users did wrong in the jobs of this process: printed as it happens, raised once all have run."""
+class Failures:
+    """The trials of this process that failed: told as it happens, counted in the exit status."""
 
     def __init__(self) -> None:
-        self.failed: list[UserError] = []
+        self.user_errors = 0
+        self.bugs = 0
+        self.told = False
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Run one job; its user error is printed and kept, so that the other jobs of a multirun still run."""
-        try:
-            yield
-        except UserError as error:
-            print_user_error(error)
-            if HydraConfig.get().mode != RunMode.MULTIRUN:
-                raise SystemExit(USER_ERROR_STATUS) from None
-            self.failed.append(error)
+    def guard(self, job: Callable[[], float | None], folder: Path, stop_at_first: bool) -> float | None:
+        """Run one job and return its objective; a trial that fails spares the others of its multirun.
 
-    def raise_if_any(self) -> None:
-        """Raise where a job failed.
-
-        Raises:
-            UserError: How many jobs failed.
+        Args:
+            job: What runs it.
+            folder: Its folder.
+            stop_at_first: Whether a failure ends the multirun.
         """
-        if self.failed:
-            raise UserError(f"{len(self.failed)} of the jobs failed; see above")
+        begun = time.time()
+        try:
+            if folder.resolve() in lost:
+                raise UserError(f"{lost[folder.resolve()]}; the same command again goes on with it")
+            return job()
+        except UserError as error:
+            self.user_errors += 1
+            print_user_error(UserError(f"{folder.name}: {error.title}", error.problems) if self._multirun() else error)
+        except Exception:
+            if not self._multirun():
+                raise
+            self.bugs += 1
+            print(f"error: {folder.name} failed with", file=sys.stderr)  # noqa: T201
+            traceback.print_exc()
+        finally:
+            if self._multirun() and _written_since(folder / "run.json", begun):
+                tell(folder.parent)
+                self.told = True
+        if stop_at_first or not self._multirun():
+            raise SystemExit(self.status)
+        return None
+
+    @property
+    def status(self) -> int:
+        """The exit status of the process: 2 where users can mend all that failed, 1 for a bug."""
+        return 1 if self.bugs else USER_ERROR_STATUS if self.user_errors else 0
+
+    def conclude(self, sweep: Path | None) -> None:
+        """Tell what a sweep found, and end the process with its status where a trial failed."""
+        if sweep is not None:
+            if not self.told:  # every trial was there already
+                tell(sweep)
+            close(sweep)
+        failed = self.bugs + self.user_errors
+        if failed:
+            sys.stdout.flush()
+            print(f"error: {count(failed, 'trial')} failed; see above", file=sys.stderr)  # noqa: T201
+            raise SystemExit(self.status)
+
+    @staticmethod
+    def _multirun() -> bool:
+        return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
-job_failures = JobFailures()
+def _written_since(file: Path, moment: float) -> bool:
+    return file.is_file() and file.stat().st_mtime >= moment
+
+
+failures = Failures()

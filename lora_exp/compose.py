@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,10 +23,14 @@ from lora_exp.config import CONF_DIR
 from lora_exp.errors import Problem, UserError, count
 from lora_exp.library_fields import library_fields, nearest
 from lora_exp.rules import flatten
+from lora_exp.sweeps.plan import SweepSettings, parsed_where_possible
 from lora_exp.validation import check, library_class_of, option_keys, options_with
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for overrides that do not fit; ValueError for `quant=8`, an option that is no string."""
+
+SWEEP_KEYS = ("hydra", "sweep", "seed", "experiment", "hydra/sweeper", "hydra/launcher")
+"""What may say something of a multirun as a whole."""
 
 
 class Composer:
@@ -54,20 +58,55 @@ class Composer:
     ) -> None:
         self.context.__exit__(kind, error, trace)
 
-    def jobs(self, overrides: list[str]) -> list[list[str]]:
-        """Return the overrides of every job of a grid; only the fixed ones where a sweeper draws the values."""
+    def jobs(self, overrides: list[str], settings: SweepSettings | None = None) -> list[list[str]]:
+        """Return the overrides of every job of a grid; of a search, jobs in which each value occurs once.
+
+        Args:
+            overrides: The command line's.
+            settings: What the config says of the multirun: its own axes, which the command line goes before.
+        """
+        params = settings.params if settings else {}
+        overrides = [*(f"{key}={value}" for key, value in params.items()), *overrides]
         try:
             parsed = OverridesParser.create().parse_overrides(overrides)
         except OverrideParseException:
             return [overrides]
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
         drawn = [each for each in parsed if each.is_sweep_override() and not each.is_discrete_sweep()]
+        if settings and settings.n_trials is not None:
+            return _each_value_once(parsed)
         if drawn:
             self._require_drawing_sweeper(overrides, drawn)
-            return [[str(each.input_line) for each in parsed if not each.is_sweep_override()]]
+            return _each_value_once(parsed)
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
         batches = BasicSweeper.split_arguments([each for each in parsed if not each.is_hydra_override()], None)
         return [list(job) for batch in batches for job in batch]
+
+    def sweep_settings(self, overrides: list[str]) -> SweepSettings:
+        """Return what the config says of the multirun as a whole, before any of its jobs is composed.
+
+        Raises:
+            UserError: If what says it does not compose.
+        """
+        own = [
+            str(each.input_line)
+            for each in parsed_where_possible(overrides)
+            if each.key_or_group.partition(".")[0] in SWEEP_KEYS and not each.is_sweep_override()
+        ]
+        try:
+            composed = compose(self.config_name, [*self.extra, *own], return_hydra_config=True)
+            sweeper, folder = composed.hydra.sweeper, composed.hydra.sweep.dir
+        except COMPOSE_ERRORS:
+            self.compose(own, check_values=False)
+            raise
+        return SweepSettings(
+            OmegaConf.to_container(composed.sweep),  # type: ignore[arg-type]
+            OmegaConf.to_container(sweeper.get("params") or OmegaConf.create({})),  # type: ignore[arg-type]
+            sweeper.get("n_trials"),
+            composed.seed,
+            folder,
+            dated=composed.sweep.name is None and not any(each.startswith("hydra.sweep.dir=") for each in own),
+        )
 
     def _require_drawing_sweeper(self, overrides: list[str], drawn: list[Override]) -> None:
         """Refuse `interval(...)` and the like where the sweeper only takes lists of values."""
@@ -180,6 +219,25 @@ class Composer:
             what = f"there is no such key here; it belongs to {' and '.join(elsewhere)}"
             return Problem(key, what, f"add {elsewhere[0]}")
         return Problem(key, "there is no such key", _suggestion(key, keys))
+
+
+def _each_value_once(parsed: list[Override]) -> list[list[str]]:
+    """Return jobs in which each value of each axis occurs, an interval by its two ends."""
+    own = {each.get_key_element(): each for each in parsed if not each.is_hydra_override()}
+    fixed = [str(each.input_line) for each in own.values() if not each.is_sweep_override()]
+    axes = {key: _values(each) for key, each in own.items() if each.is_sweep_override()}
+    longest = max(map(len, axes.values()), default=1)
+    return [
+        [*fixed, *(f"{key}={values[number % len(values)]}" for key, values in axes.items() if values)]
+        for number in range(longest)
+    ]
+
+
+def _values(axis: Override) -> list[str]:
+    value = axis.value()
+    if isinstance(value, IntervalSweep):
+        return [str(value.start), str(value.end)]
+    return [str(each) for each in axis.sweep_string_iterator()]
 
 
 def _suggestion(key: str, keys: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidatorFunctionWr
 
 from lora_exp.help_page import help_page
 from lora_exp.rules import Rule
+from lora_exp.sweeps.names import trial_name
 
 MISSING = "???"
 CONF_DIR = next(
@@ -28,13 +29,15 @@ CONF_DIR = next(
 def register_resolvers() -> None:
     """Register what the YAML files compute with.
 
-    `${half:n}`, `${coalesce:a,b}` (the first that is not null), `${help_page:}` (the text of `--help`).
+    `${half:n}`, `${coalesce:a,b}` (the first that is not null), `${trial_name:overrides,axes,variant}` (a trial's
+    folder), `${help_page:}` (the text of `--help`).
     """
     # A wrong type is told where it stands, not where it is computed with.
     OmegaConf.register_new_resolver("half", lambda n: n // 2 if isinstance(n, int) else None, replace=True)
     OmegaConf.register_new_resolver(
         "coalesce", lambda *values: next((value for value in values if value is not None), None), replace=True
     )
+    OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
     OmegaConf.register_new_resolver("help_page", lambda: help_page(CONF_DIR), replace=True)
 
 
@@ -43,6 +46,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
     rules: ClassVar[tuple[Rule, ...]] = ()
+    unused: ClassVar[tuple[Rule, ...]] = ()
+    """Keys without effect beside others: no mistake in a run, but none that a sweep may vary."""
     library_class: ClassVar[str | None] = None
     """Who takes unlisted keys (`+trainer.name=value`), if it knows them."""
     set_elsewhere: ClassVar[Mapping[str, str]] = {}
@@ -74,6 +79,24 @@ class QuantConfig(Section):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     bnb_4bit_use_double_quant: bool = False
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    unused = (
+        Rule(
+            ("quant.llm_int8_threshold", "quant.load_in_8bit"),
+            lambda _, used: used is not True,
+            "only an 8-bit base uses it",
+            "quant=8bit",
+        ),
+        *(
+            Rule(
+                (f"quant.{key}", "quant.load_in_4bit"),
+                lambda _, used: used is not True,
+                "only a 4-bit base uses it",
+                "quant=4bit",
+            )
+            for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+        ),
+    )
 
 
 class LoraConfig(Section):
@@ -226,6 +249,27 @@ class TrainerConfig(Section):
         ),
     )
 
+    unused = (
+        Rule(
+            ("trainer.num_train_epochs", "trainer.max_steps"),
+            lambda _, steps: steps > 0,
+            "trainer.max_steps={1} goes before it",
+            "trainer.max_steps=-1",
+        ),
+        Rule(
+            ("trainer.eval_steps", "trainer.eval_strategy"),
+            lambda _, strategy: strategy != "steps",
+            "trainer.eval_strategy={1} does not use it",
+            "trainer.eval_strategy=steps",
+        ),
+        Rule(
+            ("trainer.save_steps", "trainer.save_strategy"),
+            lambda _, strategy: strategy != "steps",
+            "trainer.save_strategy={1} does not use it",
+            "trainer.save_strategy=steps",
+        ),
+    )
+
 
 def _is_multiple(save_steps: float, eval_steps: float | None) -> bool:
     """Whether every save falls on an evaluation; shares of the run (below 1) are compared with shares only."""
@@ -272,6 +316,18 @@ class StoreConfig(Section):
         return size
 
 
+class SweepConfig(Section):
+    """What holds for a multirun as a whole."""
+
+    name: str | None = Field(min_length=1, max_length=100, pattern=r"^\w[\w.,=+-]*$")
+    axes: list[str]
+    variant: str | None
+    seeds: int | None = Field(gt=0)
+    on_change: Literal["refuse", "extend"]
+    fail_fast: bool
+    confirm: bool
+
+
 class Config(Section):
     """One whole run, as composed. `recipe`, `engine` and `tracker` are the classes that their YAML files name."""
 
@@ -284,6 +340,7 @@ class Config(Section):
     engine: Any
     tracker: Any
     store: StoreConfig
+    sweep: SweepConfig
     samples: SamplesConfig
     seed: int = Field(ge=0)
     objective: str | None
@@ -302,5 +359,11 @@ class Config(Section):
             lambda on_start, *sources: on_start is True and _trains_only(*sources),
             "evaluation at the start, but there is no evaluation data",
             "name some with data.val_file=..., or set trainer.eval_on_start=false",
+        ),
+        Rule(
+            ("objective", *EVAL_SOURCES),
+            lambda objective, *sources: (objective or "").startswith("eval_") and _trains_only(*sources),
+            "{0} is a number of an evaluation, but there is no evaluation data",
+            "name some with data.val_file=...",
         ),
     )

@@ -9,7 +9,8 @@ EXAMPLES = """\
   python -m lora_exp recipe=dpo quant=8bit                       DPO on an 8-bit base
   python -m lora_exp recipe=dpo model.adapter=outputs/<SFT run>  DPO on top of an SFT adapter
   python -m lora_exp data=splits data.splits_dir=my_rows model=qwen3_0_6b trainer.max_steps=200
-  python -m lora_exp -m recipe=dpo recipe.beta=0.05,0.1,0.5      one run for each beta
+  python -m lora_exp -m recipe=dpo recipe.beta=0.05,0.1,0.5      one trial for each beta
+  python -m lora_exp -m experiment=beta_grid sweep.name=betas    a sweep kept as a file; again: it goes on
 """
 KEYS = """\
   recipe.*    conf/recipe/*.yaml; TRL's names (trl.SFTConfig, trl.DPOConfig)
@@ -50,8 +51,7 @@ def help_page(conf: Path) -> str:
 
 
 def _group(folder: Path) -> str:
-    prefix = "+" if folder.name == "experiment" else ""
-    lines = [f"  {prefix}{folder.name}="]
+    lines = [f"  {folder.name}="]
     for option in sorted(folder.glob("*.yaml"), key=lambda path: path.stem):
         if option.stem != "base":
             lines.append(f"    {option.stem:<13} {_description(option)}")

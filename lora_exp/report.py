@@ -13,11 +13,12 @@ from lora_exp.reports.results import read_results
 from lora_exp.reports.sweep_page import write_comparison, write_sweep
 
 
-def show_result(folder: Path) -> None:
+def show_result(folder: Path, table: bool = True) -> None:
     """Write `report.html` of a run folder and print its closing table."""
     results = read_results(folder)
     write_page(folder)
-    result_table(results)
+    if table:
+        result_table(results)
 
 
 def show_sweep(folder: Path, objective: str | None = None) -> None:

@@ -28,14 +28,17 @@ from lora_exp.report import show_result
 from lora_exp.reports import console
 from lora_exp.reports.page import write_page
 from lora_exp.run_folder import RunFolder
+from lora_exp.sweeps.earlier import earlier_trial
+from lora_exp.sweeps.identity import identity_of
 from lora_exp.tracking.base import Guarded, RunInfo
 from lora_exp.training.checkpoints import checkpoint_to_resume
 from lora_exp.validation import validate
 
 if TYPE_CHECKING:
-    from lora_exp.engine.base import Engine
+    from lora_exp.engine.base import Engine, Work
     from lora_exp.engine.identity import Identity
     from lora_exp.models.policy import Policy
+    from lora_exp.tracking.base import ActiveRun
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,25 @@ class Launch:
     name: str = ""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run reads, before anything of it is trained.
+
+    Args:
+        data: The token ids.
+        policy: The model with its adapter.
+        engine: Computes the numbers under the loss; not always the one asked for.
+        work: What the engine has to compute.
+        identity: The reference model's name in the store; None where no reference is kept.
+    """
+
+    data: TokenizedData
+    policy: Policy
+    engine: Engine
+    work: Work
+    identity: Identity | None
+
+
 def run(composed: DictConfig, launch: Launch) -> float | None:
     """Train what the config says.
 
@@ -67,14 +89,21 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     config = validate(composed)
     composed.output_dir = str(launch.folder)
     resolved: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    identity = identity_of(resolved)
+    before = earlier_trial(launch.folder, identity) if launch.sweep else None
+    if before is not None and before.status == "finished":
+        console.say("finished", f"{launch.folder} holds this trial already")
+        return before.objective
     # Looked up before the folder is claimed: a wrong folder name must not mark a finished run as failed.
-    checkpoint = checkpoint_to_resume(config.resume, resolved)
+    checkpoint = before.checkpoint if before else checkpoint_to_resume(config.resume, resolved)
     start = adapter_dir(config.model)
     folder = RunFolder(launch.folder)
     info = RunInfo(folder.path, resolved, launch.name, launch.sweep, config.recipe.name)
-    resumed = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
+    goes_on = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
+    resumed = goes_on or before is not None
     try:
-        with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed):
+        facts = {"identity": identity, **_facts(config, launch)}
+        with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed, **facts):
             objective = _run(config, folder, launch, info, checkpoint, start)
     except Exception:
         if (folder.path / "metrics.jsonl").exists():
@@ -82,7 +111,7 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
         raise
     finally:
         _check_base()
-    show_result(folder.path)
+    show_result(folder.path, table=launch.sweep is None)
     return objective
 
 
@@ -104,29 +133,16 @@ def _run(
         _store(config).close()  # a place that cannot be written is told before anything is loaded
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
-
-    from lora_exp.training.loop import choose_engine, make_trainer
-
     keep_freed_memory()
     console.say("machine", use_threads(config.engine.num_threads))
     reset_peak_memory()
-    with model_files(config.model) as files:
-        with folder.stage("data"):
-            data = _tokenize(config, splits, files, folder)
-        with folder.stage("model"):
-            policy = _load(config, files, start, folder)
-            engine, work = choose_engine(config, folder, policy, data)
-            identity = _reference_identity(config, engine, policy, files)
+    prepared = prepare_training(config, folder, splits, start)
+    policy = prepared.policy
     folder.note(
-        recipe=config.recipe.name,
-        model=config.model.pretrained_model_name_or_path,
-        objective_name=config.objective or config.recipe.objective,
-        headline=config.recipe.headline,
-        choices=dict(launch.choices),
         device=device_facts(policy.device),
         trainable_parameters=policy.trainable_parameters,
         target_modules=policy.target_modules,
-        engine=engine.name,
+        engine=prepared.engine.name,
         reference={"model": policy.reference if config.recipe.needs_reference else None, "computed": 0, "reused": 0},
     )
 
@@ -135,11 +151,8 @@ def _run(
     console.say("tracker", failed_to_start or tracker.where or "none")
     succeeded = False
     try:
-        trainer = make_trainer(config, folder, engine, work, data, tracker)
-        if identity is not None:
-            with folder.stage("reference"):
-                folder.note(reference=_reference(config, engine, trainer, policy, identity))
-        final = _train(config, folder, policy, data, trainer, checkpoint)
+        trainer = build_trainer(config, folder, prepared, tracker)
+        final = _train(config, folder, prepared, trainer, checkpoint)
         objective = _objective(config, final)
         folder.note(objective=objective, peak_memory_bytes=peak_memory_bytes(policy.device))
         tracker.summarize({**final, "objective": objective})
@@ -151,12 +164,57 @@ def _run(
     return objective
 
 
+def _facts(config: Config, launch: Launch) -> dict[str, Any]:
+    """Return what `run.json` says before anything is loaded."""
+    return {
+        "recipe": config.recipe.name,
+        "model": config.model.pretrained_model_name_or_path,
+        "objective_name": config.objective or config.recipe.objective,
+        "headline": config.recipe.headline,
+        "choices": dict(launch.choices),
+    }
+
+
+def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split], start: Path | None) -> Prepared:
+    """Tokenize the rows, load the model with its adapter and settle how it is computed.
+
+    Args:
+        config: What the run is made of.
+        folder: Where its reports go.
+        splits: The rows.
+        start: The adapter to go on from; None for a new one.
+    """
+    from lora_exp.training.loop import choose_engine
+
+    with model_files(config.model) as files:
+        with folder.stage("data"):
+            data = tokenize(config, folder, splits, files)
+        with folder.stage("model"):
+            policy = _load(config, files, start, folder)
+            engine, work = choose_engine(config, folder, policy, data)
+            identity = _reference_identity(config, engine, policy, files)
+    return Prepared(data, policy, engine, work, identity)
+
+
+def build_trainer(config: Config, folder: RunFolder, prepared: Prepared, tracker: ActiveRun) -> Any:
+    """Return the trainer, with its reference where one is kept."""
+    from lora_exp.training.loop import make_trainer
+
+    trainer = make_trainer(config, folder, prepared.engine, prepared.work, prepared.data, tracker)
+    if prepared.identity is not None:
+        with folder.stage("reference"):
+            folder.note(reference=_reference(config, prepared.engine, trainer, prepared.policy, prepared.identity))
+    return trainer
+
+
 def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
     chosen = launch.choices
+    trial = [("trial", launch.folder.name)] if launch.sweep else []
     model = config.model.pretrained_model_name_or_path
     adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
     lora = config.lora
     return [
+        *trial,
         (
             "recipe",
             f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}",
@@ -171,7 +229,8 @@ def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
     ]
 
 
-def _tokenize(config: Config, splits: dict[str, Split], files: str, folder: RunFolder) -> TokenizedData:
+def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files: str) -> TokenizedData:
+    """Turn the rows into the token ids that the run trains on; say and write down what was cut or dropped."""
     from lora_exp.models.policy import load_tokenizer
 
     tokenizer = load_tokenizer(config.model, files)
@@ -230,13 +289,14 @@ def _store(config: Config) -> ReferenceStore:
 
 
 def _train(
-    config: Config, folder: RunFolder, policy: Policy, data: TokenizedData, trainer: Any, checkpoint: Path | None
+    config: Config, folder: RunFolder, prepared: Prepared, trainer: Any, checkpoint: Path | None
 ) -> dict[str, float]:
     """Train, evaluate and save; return the final numbers."""
     from lora_exp.models.policy import save_adapter
     from lora_exp.training.loop import evaluate, train
     from lora_exp.training.samples import answer, fixed_prompts
 
+    data, policy = prepared.data, prepared.policy
     prompts = fixed_prompts(data, config.recipe.row_kind.answers[0], config.samples.num_prompts)
     length = config.samples.max_new_tokens
     with folder.stage("evaluate"):

@@ -113,19 +113,28 @@ class RunFolder:
         return self.path / "adapter"
 
     @contextmanager
-    def open(self, config: str, resumed: bool) -> Iterator[RunFolder]:
+    def open(self, config: str, resumed: bool, **facts: Any) -> Iterator[RunFolder]:
         """Claim the folder for a run.
 
         Args:
             config: The resolved config as YAML.
             resumed: Whether the run goes on in a folder that holds one.
+            facts: What `run.json` says from its first moment on.
 
         Raises:
             UserError: If the folder holds another run, or cannot be written.
         """
         self._claim(resumed)
         write_whole(self.path / "config.yaml", config)
-        self.note(status="running", objective=None, error=None, versions=versions(), git=git_state(), started=_now())
+        self.note(
+            status="running",
+            **facts,
+            objective=None,
+            error=None,
+            versions=versions(),
+            git=git_state(),
+            started=_now(),
+        )
         try:
             yield self
         except BaseException as error:

@@ -6,7 +6,7 @@ Imports nothing heavy: every config error answers before torch is loaded.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,48 @@ def check(composed: DictConfig) -> tuple[Config | None, list[Problem]]:
         found = _problems_of(error, Config, "", skip=invalid)
         problems += found
         invalid |= {problem.where for problem in found}
+    problems = _without_echoes(problems, composed)
     problems += broken_rules(rules, values, invalid)
+    problems += _unknown_objective(raw.get("objective"), sections.get("recipe"))
     return (None if problems else config), problems
+
+
+def _without_echoes(problems: list[Problem], composed: DictConfig) -> list[Problem]:
+    """Leave out keys whose wrong value comes from another key that is told already."""
+
+    def follows(key: str) -> bool:
+        group, _, name = key.rpartition(".")
+        section = OmegaConf.select(composed, group) if group else composed
+        return isinstance(section, DictConfig) and name in section and OmegaConf.is_interpolation(section, name)
+
+    sources = [problem for problem in problems if not follows(problem.where)]
+    return sources or problems
+
+
+def _unknown_objective(objective: Any, recipe: Any) -> list[Problem]:
+    """Check that the recipe logs what is to be compared."""
+    if not isinstance(objective, str) or recipe is None or objective in recipe.final_metrics():
+        return []
+    names = sorted(recipe.final_metrics())
+    near = nearest(objective, names)
+    mend = f"did you mean objective={near}?" if near else f"choose one of {', '.join(names)}"
+    return [Problem("objective", f"recipe={recipe.name} never logs {objective}", mend)]
+
+
+def without_effect(composed: DictConfig, axes: Sequence[str]) -> list[Problem]:
+    """Return the keys of `axes` whose value changes nothing in this config.
+
+    Args:
+        composed: A config that passes the check.
+        axes: Keys that a sweep varies.
+    """
+    raw = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(raw, dict)
+    values = flatten({str(key): value for key, value in raw.items()})
+    sections: list[Any] = [field.annotation for field in Config.model_fields.values()]
+    sections += [_named_class(raw[name], name, []) for name in ("recipe", "engine", "tracker")]
+    rules = [rule for section in sections for rule in getattr(section, "unused", ()) if rule.keys[0] in axes]
+    return broken_rules(rules, values, set())
 
 
 def _named_class(raw: Any, name: str, problems: list[Problem]) -> type[Section] | None:

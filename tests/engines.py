@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from lora_exp import run as corridor
 from lora_exp.engine.training import PackedTraining
 from lora_exp.reports import console
 from tests.runs import build_trainer
@@ -96,21 +95,6 @@ def told() -> Iterator[dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(console, "say", lines.__setitem__)
         yield lines
-
-
-@contextmanager
-def reference_facts() -> Iterator[list[dict[str, Any]]]:
-    """Collect what the corridor says of where references came from: how many were `computed` and `reused`."""
-    facts: list[dict[str, Any]] = []
-    real = corridor._reference
-
-    def kept(*arguments: Any) -> dict[str, Any]:
-        facts.append(real(*arguments))
-        return facts[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corridor, "_reference", kept)
-        yield facts
 
 
 @dataclass(frozen=True)

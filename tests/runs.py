@@ -66,37 +66,30 @@ def load_policy(folder: Path, adapter: str | None = None) -> tuple[Any, Any]:
 
 def tokenized(overrides: list[str]) -> tuple[Any, Any, str]:
     """Return the config, the token ids and the model's folder of a run, by the corridor's own steps."""
-    from lora_exp import run as corridor
     from lora_exp.data.load import load_splits
     from lora_exp.models.source import locate
+    from lora_exp.run import tokenize
     from lora_exp.run_folder import RunFolder
     from lora_exp.validation import validate
 
     config = validate(composed(overrides))
     files = locate(config.model)
     splits = load_splits(config.data, config.recipe.row_kind)
-    return config, corridor._tokenize(config, splits, files, RunFolder(Path(config.output_dir))), files
+    return config, tokenize(config, RunFolder(Path(config.output_dir)), splits, files), files
 
 
 def build_trainer(folder: Path, overrides: list[str]) -> Any:
     """Return the trainer that a run of these overrides would train, by the corridor's own steps."""
     from lora_exp import run as corridor
     from lora_exp.data.load import load_splits
-    from lora_exp.models.source import adapter_dir, model_files
+    from lora_exp.models.source import adapter_dir
     from lora_exp.run_folder import RunFolder
     from lora_exp.tracking.base import Guarded
-    from lora_exp.training.loop import choose_engine, make_trainer
     from lora_exp.validation import validate
 
     config = validate(composed([*overrides, f"output_dir={folder}"]))
     folder.mkdir(parents=True, exist_ok=True)
     run_folder = RunFolder(folder)
-    with model_files(config.model) as files:
-        data = corridor._tokenize(config, load_splits(config.data, config.recipe.row_kind), files, run_folder)
-        policy = corridor._load(config, files, adapter_dir(config.model), run_folder)
-        engine, work = choose_engine(config, run_folder, policy, data)
-        identity = corridor._reference_identity(config, engine, policy, files)
-    trainer = make_trainer(config, run_folder, engine, work, data, Guarded(None, "none"))
-    if identity is not None:
-        corridor._reference(config, engine, trainer, policy, identity)
-    return trainer
+    splits = load_splits(config.data, config.recipe.row_kind)
+    prepared = corridor.prepare_training(config, run_folder, splits, adapter_dir(config.model))
+    return corridor.build_trainer(config, run_folder, prepared, Guarded(None, "none"))

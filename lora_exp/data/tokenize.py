@@ -7,7 +7,7 @@ otherwise, so that the words next to the answer stay), then each answer at its e
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from statistics import median
@@ -104,7 +104,11 @@ def use_chat_template(setting: bool | str, tokenizer: Any) -> bool:
 
 
 def tokenize_splits(
-    splits: dict[str, Split], answers: tuple[str, ...], tokenizer: Any, limits: Limits, chat_template: bool | str
+    splits: dict[str, Split],
+    answers: tuple[str, ...],
+    tokenizer: Any,
+    limits: Mapping[str, Limits],
+    chat_template: bool | str,
 ) -> TokenizedData:
     """Tokenise every split, or find what an earlier job of this process made of the same rows.
 
@@ -112,7 +116,7 @@ def tokenize_splits(
         splits: Rows of strings.
         answers: The columns that are learned from.
         tokenizer: The model's.
-        limits: How long a row may be.
+        limits: How long a row may be, by split.
         chat_template: `data.chat_template`: whether rows go through the tokenizer's template; `auto`: if it has one.
 
     Raises:
@@ -128,7 +132,8 @@ def tokenize_splits(
             return data
     datasets, reports = {}, {}
     for name, split in splits.items():
-        datasets[name], reports[name] = tokenize_split(split.rows, answers, tokenizer, limits, template, split.source)
+        made = tokenize_split(split.rows, answers, tokenizer, limits[name], template, split.source)
+        datasets[name], reports[name] = made
     data = TokenizedData(tokenizer, splits, datasets, reports)
     _KEPT.append((asked, data))
     return data

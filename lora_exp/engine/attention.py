@@ -7,6 +7,7 @@ padded batches work as before.
 Computed as plain matrix products over blocks of queries against just the keys that they see. torch 2.13's
 scaled_dot_product_attention on a processor runs bf16 at a tenth of the matrix product's rate for rows of some hundred
 tokens; this runs at 2.5 to 3 times that. Scores and softmax are float32 in half precision, as in that kernel.
+On CUDA half precision goes through one kernel instead (`flex.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_exp.engine import flex
 from lora_exp.engine.packing import Family
 
 PACKED = "packed"
@@ -62,6 +65,13 @@ class Layout:
         self.families = families
         self.device = device
         self._blocks: dict[int | None, list[Block]] = {}
+        self._flex: dict[int | None, Any] = {}
+
+    def flex_mask(self, window: int | None) -> Any:
+        """Return the row's `BlockMask`; its layers share it."""
+        if window not in self._flex:
+            self._flex[window] = flex.block_mask(flex.Places.of(self.families, self.device), window)
+        return self._flex[window]
 
     def blocks(self, window: int | None) -> list[Block]:
         """Return the blocks of the row. `window`: a token sees this many tokens back, itself included."""
@@ -247,6 +257,10 @@ def packed_attention(
     if refused:
         raise NotImplementedError(f"its attention uses {', '.join(refused)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if flex.suits(query):
+        mask = layout.flex_mask(sliding_window)
+        attended_by_kernel, _ = flex_attention_forward(module, query, key, value, mask, scaling=scale)
+        return attended_by_kernel, None
     out = _BlockAttention.apply(query[0], key[0], value[0], layout.blocks(sliding_window), scale)
     return out.transpose(0, 1)[None], None
 

@@ -7,7 +7,7 @@ which the incoming gradient only scales. So the logits are computed once, not ag
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,17 +80,8 @@ class _ScoreTokens(torch.autograd.Function):  # type: ignore[misc]
         with torch.autocast(device, enabled=False):
             for part in _slices(len(hidden), len(tile)):
                 logits = torch.mm(hidden[part].to(dtype), weight.mT, out=tile[: part.stop - part.start])
-                if head.bias is not None:
-                    logits += head.bias.to(dtype)
-                for piece in _slices(len(logits), len(room)):
-                    at = slice(part.start + piece.start, part.start + piece.stop)
-                    numbers, dlogits = _fold(
-                        *room.widened(logits[piece]), head, targets[at], slope is not None, squares
-                    )
-                    for field, number in zip(fields, numbers, strict=True):
-                        field[at] = number
-                    if dlogits is not None:
-                        logits[piece] = dlogits
+                found = [field[part] for field in fields]
+                _fold_tile(logits, room, head, targets[part], found, slope is not None, squares)
                 if slope is not None:
                     slope[part] = logits @ weight
         if slope is not None:
@@ -130,6 +121,26 @@ class _Room:
         """Return the logits in float32, to be overwritten, and a place of the same shape."""
         wide = logits if self.wide is None else self.wide[: len(logits)].copy_(logits)
         return wide, self.probabilities[: len(logits)]
+
+
+def _fold_tile(
+    logits: torch.Tensor,
+    room: _Room,
+    head: Head,
+    targets: torch.Tensor,
+    fields: Sequence[torch.Tensor],
+    slope: bool,
+    squares: bool,
+) -> None:
+    """Write the numbers of a tile's tokens into `fields`, and d log p(target) / d logits over the logits if wanted."""
+    if head.bias is not None:
+        logits += head.bias.to(logits.dtype)
+    for piece in _slices(len(logits), len(room)):
+        numbers, dlogits = _fold(*room.widened(logits[piece]), head, targets[piece], slope, squares)
+        for field, number in zip(fields, numbers, strict=True):
+            field[piece] = number
+        if dlogits is not None:
+            logits[piece] = dlogits
 
 
 def _fold(

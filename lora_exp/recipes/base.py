@@ -31,11 +31,15 @@ class Recipe(Section, ABC):
     """The rows that it learns from."""
     needs_reference: ClassVar[bool]
     """Whether the loss compares with a reference model."""
+    logged: ClassVar[frozenset[str]] = frozenset({"loss", "entropy", "mean_token_accuracy", "num_tokens"})
+    """What TRL logs in training, and under `eval_` in evaluation."""
     headline: ClassVar[dict[str, str]]
     """The metrics that matter, by the name they are logged under, with a short name for the terminal."""
     target: str = Field(alias="_target_")
     max_length: int = Field(gt=1)
     max_prompt_length: int | None = Field(gt=0)
+    eval_max_length: int = Field(gt=1)
+    eval_max_prompt_length: int | None = Field(gt=0)
     truncation_side: Literal["left", "right"]
     learning_rate: float = Field(ge=0)
     objective: str
@@ -54,9 +58,18 @@ class Recipe(Section, ABC):
     }
 
     own_keys: ClassVar[frozenset[str]] = frozenset(
-        {"target", "max_prompt_length", "truncation_side", "learning_rate", "objective"}
+        {
+            "target",
+            "max_length",
+            "max_prompt_length",
+            "eval_max_length",
+            "eval_max_prompt_length",
+            "truncation_side",
+            "learning_rate",
+            "objective",
+        }
     )
-    """Keys that are ours and no field of the TRL config."""
+    """Keys that are ours and no field of the TRL config; `max_length` would have TRL cut evaluation rows to it too."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -65,17 +78,36 @@ class Recipe(Section, ABC):
             "{0} leaves no room for an answer within recipe.max_length={1}",
             "leave it at half of max_length, or make it smaller than max_length",
         ),
+        Rule(
+            (
+                "recipe.eval_max_prompt_length",
+                "recipe.eval_max_length",
+                "recipe.max_prompt_length",
+                "recipe.max_length",
+            ),
+            lambda prompt, total, *training: prompt is not None and prompt >= total and training != (prompt, total),
+            "{0} leaves no room for an answer within recipe.eval_max_length={1}",
+            "make it smaller than eval_max_length, or raise that",
+        ),
     )
 
+    @classmethod
+    def final_metrics(cls) -> frozenset[str]:
+        """Return the names that a finished run's metrics may have, beside Trainer's times."""
+        return cls.logged | {f"eval_{name}" for name in cls.logged} | {"train_loss", "train_runtime", "eval_runtime"}
+
     @property
-    def limits(self) -> Limits:
-        """How rows are cut."""
-        return Limits(self.max_length, self.max_prompt_length, self.truncation_side)
+    def limits(self) -> dict[str, Limits]:
+        """How rows are cut, by split."""
+        return {
+            "train": Limits(self.max_length, self.max_prompt_length, self.truncation_side),
+            "val": Limits(self.eval_max_length, self.eval_max_prompt_length, self.truncation_side),
+        }
 
     @property
     def trl_fields(self) -> dict[str, Any]:
         """The recipe's part of the TRL config, fields added with `+recipe.name=value` included."""
-        return self.model_dump(exclude=set(self.own_keys))
+        return {**self.model_dump(exclude=set(self.own_keys)), "max_length": None}
 
     @property
     def compares_examples(self) -> bool:

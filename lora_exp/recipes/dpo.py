@@ -51,6 +51,9 @@ class DPO(Recipe):
     name = "dpo"
     row_kind = PREFERENCE
     needs_reference = True
+    logged = Recipe.logged | {
+        f"{kind}/{side}" for kind in ("rewards", "logps", "logits") for side in ("chosen", "rejected")
+    } | {"rewards/accuracies", "rewards/margins", "logp_shift/chosen", "logp_shift/rejected", "kl/chosen"}  # fmt: skip
     headline = {
         "loss": "loss",
         "rewards/accuracies": "reward accuracy",
@@ -114,6 +117,33 @@ class DPO(Recipe):
             lambda sync: sync is True,
             "a moving reference does not go with LoRA in TRL",
             "leave recipe.sync_ref_model out",
+        ),
+    )
+
+    unused = (
+        Rule(
+            ("recipe.label_smoothing", "recipe.loss_type"),
+            lambda _, kind: set(loss_types(kind)).isdisjoint({"robust", "exo_pair"}),
+            "loss_type={1} does not use it",
+            "recipe.loss_type=robust",
+        ),
+        Rule(
+            ("recipe.discopop_tau", "recipe.loss_type"),
+            lambda _, kind: "discopop" not in loss_types(kind),
+            "loss_type={1} does not use it",
+            "recipe.loss_type=discopop",
+        ),
+        Rule(
+            ("recipe.f_alpha_divergence_coef", "recipe.f_divergence_type"),
+            lambda _, divergence: divergence != "alpha_divergence",
+            "f_divergence_type={1} does not use it",
+            "recipe.f_divergence_type=alpha_divergence",
+        ),
+        Rule(
+            ("lora.lora_dropout", "recipe.disable_dropout"),
+            lambda _, disabled: disabled is True,
+            "recipe.disable_dropout=true turns it off",
+            "recipe.disable_dropout=false",
         ),
     )
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import use_adapter
+
+from lora_exp.recipes.divergence import ROWS, kl_per_token
+from lora_exp.recipes.totals import CarriedTotals
 
 
 class _Quiet:
@@ -17,7 +22,7 @@ class _Quiet:
         """Write no model card beside the checkpoints; PEFT writes one into the adapter."""
 
 
-class TokenizedSFTTrainer(_Quiet, SFTTrainer):  # type: ignore[misc]
+class TokenizedSFTTrainer(_Quiet, CarriedTotals, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer over `input_ids` and `labels`."""
 
     def scored_labels(self, inputs: dict[str, Any]) -> Any:
@@ -25,7 +30,7 @@ class TokenizedSFTTrainer(_Quiet, SFTTrainer):  # type: ignore[misc]
         return inputs["labels"]
 
 
-class TokenizedDPOTrainer(_Quiet, DPOTrainer):  # type: ignore[misc]
+class TokenizedDPOTrainer(_Quiet, CarriedTotals, DPOTrainer):  # type: ignore[misc]
     """DPOTrainer over `prompt_ids`, `chosen_ids`, `rejected_ids`, with the reference that is asked for.
 
     Args:
@@ -59,6 +64,25 @@ class TokenizedDPOTrainer(_Quiet, DPOTrainer):  # type: ignore[misc]
                 copy = parameters[name.replace(".default", ".ref")]
                 copy.data = copy.data.to(original.dtype)
                 copy.requires_grad_(False)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to an evaluation how far the policy is from the reference, by measures that do not scale with beta."""
+        rewards = self._metrics["eval"]
+        if "eval_loss" in logs and "rewards/chosen" in rewards:
+            for side in ("chosen", "rejected"):
+                # TRL's reward is beta times the sum of the answer's log-ratios.
+                logs[f"eval_logp_shift/{side}"] = fmean(rewards[f"rewards/{side}"]) / self.beta
+            logs["eval_kl/chosen"] = self._kl()
+        super().log(logs, start_time)
+
+    def _kl(self) -> float:
+        model = self.accelerator.unwrap_model(self.model)
+        name = "ref" if "ref" in model.peft_config else None
+        rows = self.eval_dataset.select(range(min(ROWS, len(self.eval_dataset))))
+        with self.accelerator.autocast():
+            found = kl_per_token(model.get_base_model(), lambda: use_adapter(model, adapter_name=name), rows)
+        assert found is not None, "an evaluation has rows"
+        return found
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Take the rows as they are: they were tokenised and cut in `lora_exp.data.tokenize`."""

@@ -174,10 +174,17 @@ def result_table(results: RunResults) -> None:
     say("report", str(results.folder / "report.html"))
 
 
-def leaderboard_table(board: Leaderboard, most: int = 20) -> None:
-    """Print the points of a sweep, best first; those that go on or failed are marked and stand last."""
+def leaderboard_table(board: Leaderboard, planned: int = 0, most: int = 20) -> None:
+    """Print the points of a sweep, best first; those that go on or failed are marked and stand last.
+
+    Args:
+        board: The points.
+        planned: How many trials the sweep means, where it goes on.
+        most: Rows at most.
+    """
     better = "less" if board.direction == "minimize" else "more"
-    title = f"{summary(board)}; {board.objective_name or 'no objective'}, {better} is better"
+    whole = f" of {planned:,}" if planned > len(board.trials) else ""
+    title = f"{summary(board, whole)}; {board.objective_name or 'no objective'}, {better} is better"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("#", justify="right")
     for name in short_names(board.axes).values():
@@ -185,12 +192,15 @@ def leaderboard_table(board: Leaderboard, most: int = 20) -> None:
     table.add_column("objective", no_wrap=True)
     table.add_column("status")
     table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("run", overflow="fold")
+    named = any("=" not in point.best.name for point in board.points)  # by something else than its settings
+    if named:
+        table.add_column("run", overflow="fold")
     points = board.points
     # Of a long table the end is shown too: a failed trial must not pass unseen.
     shown = points if len(points) <= most else [*points[: most - 5], *points[-5:]]
     for point in shown:
-        table.add_row(*map(Text, _point_cells(point, board)), style=_style(point))
+        cells = _point_cells(point, board)
+        table.add_row(*map(Text, cells if named else cells[:-1]), style=_style(point))
     console.print()
     console.print(table)
     if len(shown) < len(points):

@@ -208,8 +208,13 @@ def _row(point: Point, board: Leaderboard, beside: Path) -> dict[str, Any]:
         "status": point.status,
         "time": duration(point.seconds) if point.seconds else "",
         "memory": memory(point.peak_memory_bytes) if point.peak_memory_bytes else "",
-        "links": [(trial.name, _link(trial, beside)) for trial in point.trials],
+        "links": [(_short_name(trial), _link(trial, beside)) for trial in point.trials],
     }
+
+
+def _short_name(trial: Trial) -> str:
+    """Return what tells a run from its neighbours in its row: of a run that is named for its settings, the seed."""
+    return f"seed {trial.seed}" if "=" in trial.name and trial.seed is not None else trial.name
 
 
 def _link(trial: Trial, beside: Path) -> str:

@@ -1,1 +1,1 @@
-"""Many runs: which trial is which, which is best, and how sure that is."""
+"""Many runs that answer one question."""

@@ -240,9 +240,14 @@ def write_leaderboard(folder: Path, trials: Sequence[Trial]) -> Leaderboard:
 
 
 def to_csv(board: Leaderboard) -> str:
-    """Return a row a point: the settings, the objective with its interval, then every final metric's mean."""
-    metrics = list(dict.fromkeys(name for trial in board.trials for name in trial.metrics))
-    facts = ["low", "high", "runs", "finished", "status", "seconds", "peak_memory_bytes", "folder"]
+    """Return a row a point: the settings, the objective with its interval, then every final metric's mean.
+
+    Nothing that a clock says is in it: a sweep that was killed and started again ends in the same file.
+    """
+    metrics = [
+        name for name in dict.fromkeys(name for trial in board.trials for name in trial.metrics) if not _timed(name)
+    ]
+    facts = ["low", "high", "runs", "finished", "status", "best_run"]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["rank", *board.axes, f"objective:{board.objective_name}", *facts, *metrics])
@@ -256,9 +261,7 @@ def to_csv(board: Leaderboard) -> str:
                 len(point.trials),
                 len(point.results),
                 point.status,
-                point.seconds,
-                point.peak_memory_bytes,
-                point.best.folder,
+                point.best.name,
                 *(found.mean if (found := point.metric(name)) else None for name in metrics),
             ]
         )
@@ -280,8 +283,6 @@ def as_json(board: Leaderboard) -> dict[str, Any]:
                 "axes": dict(point.axes),
                 "objective": vars(point.objective) if point.objective else None,
                 "status": point.status,
-                "seconds": point.seconds,
-                "peak_memory_bytes": point.peak_memory_bytes,
                 "trials": [_trial_json(trial) for trial in point.trials],
             }
             for point in board.points
@@ -292,15 +293,16 @@ def as_json(board: Leaderboard) -> dict[str, Any]:
 def _trial_json(trial: Trial) -> dict[str, Any]:
     return {
         "name": trial.name,
-        "folder": str(trial.folder),
         "status": trial.status,
         "seed": trial.seed,
         "objective": trial.objective,
-        "seconds": trial.seconds,
-        "peak_memory_bytes": trial.peak_memory_bytes,
         "error": trial.error,
-        "metrics": dict(trial.metrics),
+        "metrics": {name: value for name, value in trial.metrics.items() if not _timed(name)},
     }
+
+
+def _timed(metric: str) -> bool:
+    return metric.endswith(("_runtime", "_per_second"))
 
 
 def states(trials: Sequence[Trial]) -> str:
@@ -310,6 +312,8 @@ def states(trials: Sequence[Trial]) -> str:
     return ", ".join(f"{found.count(state):,} {state}" for state in order if state in found)
 
 
-def summary(board: Leaderboard) -> str:
-    """Return how many trials there are, and in which state."""
+def summary(board: Leaderboard, whole: str = "") -> str:
+    """Return how many trials there are, out of how many (` of 12`), and in which state."""
+    if whole:
+        return f"{len(board.trials):,}{whole} trials: {states(board.trials)}"
     return f"{count(len(board.trials), 'trial')}: {states(board.trials)}"

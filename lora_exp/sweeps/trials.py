@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 from lora_exp.errors import Problem, UserError
 from lora_exp.run_folder import Status, read_jsonl
+from lora_exp.sweeps.question import Question
 
 Direction = Literal["minimize", "maximize"]
 
@@ -27,7 +28,7 @@ NO_RUN_JSON = "no run.json: it was stopped before it began, or has not begun yet
 
 def direction(objective: str) -> Direction:
     """Return whether less or more of a metric is better, as far as its name tells."""
-    name = objective.rpartition("/")[2].lower()
+    name = objective.lower()
     lower_is_better = ("loss", "kl", "perplexity", "runtime", "entropy", "rejected")
     return "minimize" if any(word in name for word in lower_is_better) else "maximize"
 
@@ -93,7 +94,9 @@ class Trial:
         sources = hydra.get("hydra", {}).get("runtime", {}).get("config_sources", [])
         config_dir = next((source["path"] for source in sources if source["provider"] == "command-line"), None)
         flags = ["--config-dir", config_dir] if config_dir else []
-        return shlex.join(["python", "-m", "lora_exp", *flags, *map(str, overrides)])
+        # What made it part of a sweep is left out: alone it lands in a folder of its own.
+        alone = [str(each) for each in overrides if not str(each).startswith("sweep.")]
+        return shlex.join(["python", "-m", "lora_exp", *flags, *alone])
 
 
 def read_trials(folders: Path | Sequence[Path], objective: str | None = None) -> list[Trial]:
@@ -251,7 +254,10 @@ def _flatten(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, 
 
 
 def sweep_command(folder: Path) -> str:
-    """Return the command that began a sweep, as Hydra noted it in its folder; empty where it did not."""
+    """Return the command that asked a sweep's question first, or as Hydra noted it; empty where neither is there."""
+    question = Question.read(folder)
+    if question is not None and question.commands:
+        return shlex.join(["python", "-m", "lora_exp", *question.commands[0]])
     noted = re.search(r"^    task:\n((?:    - .*\n)+)", _text(folder / "multirun.yaml"), re.MULTILINE)
     overrides = _parse_yaml(noted[1]) if noted else None
     return shlex.join(["python", "-m", "lora_exp", "-m", *map(str, overrides)]) if overrides else ""

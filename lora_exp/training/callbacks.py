@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_exp.reports.console import TrainingDisplay
-from lora_exp.run_folder import read_jsonl, to_json, write_whole
+from lora_exp.run_folder import to_json, write_whole
 from lora_exp.tracking.base import ActiveRun
 
 
@@ -21,10 +21,10 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop the lines of steps after the checkpoint that a resumed run starts from: they come again."""
+        """Begin with the lines that the checkpoint knows of, where a run goes on from one: the others come again."""
         if self.path.exists():
-            kept = [line for line in read_jsonl(self.path) if 0 < state.global_step >= line["step"]]
-            write_whole(self.path, "".join(to_json(line, indent=None) + "\n" for line in kept))
+            known = [{"step": line.pop("step"), **line} for line in map(dict, state.log_history)]
+            write_whole(self.path, "".join(to_json(line, indent=None) + "\n" for line in known))
 
     def on_log(
         self,

@@ -134,7 +134,7 @@ def test_a_run_with_configs_of_ones_own_goes_on_with_resume_alone(tmp_path: Path
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     ours = "# @package _global_\ndefaults:\n  - override /recipe: dpo\nrecipe:\n  beta: 0.3\n"
     (tmp_path / "mine" / "experiment" / "ours.yaml").write_text(ours)
-    first = run("python -m lora_exp --config-dir mine +experiment=ours output_dir=run", tmp_path, *SHORT)
+    first = run("python -m lora_exp --config-dir mine experiment=ours output_dir=run", tmp_path, *SHORT)
     assert first.returncode == 0, first.stderr
     resumed = run("python -m lora_exp resume=run trainer.max_steps=2", tmp_path)
     assert resumed.returncode == 0, resumed.stderr

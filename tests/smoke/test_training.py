@@ -150,15 +150,15 @@ def test_every_trainer_for_a_processor_trains(finished: Finished, recipe: str, q
 
 
 def test_sft_learns(finished: Finished) -> None:
-    run = finished("recipe=sft", "+experiment=demo_sft", "samples.num_prompts=0")
+    run = finished("recipe=sft", "experiment=demo_sft", "samples.num_prompts=0")
     before, after = run.results.first_evaluation["eval_loss"], run.results.metrics["eval_loss"]
     assert after < 0.75 * before, f"the loss on unseen rows fell from {before:.2f} to {after:.2f} only"
 
 
 def test_dpo_on_top_of_sft_learns_to_prefer(finished: Finished) -> None:
-    start = finished("recipe=sft", "+experiment=demo_sft", "samples.num_prompts=0")
+    start = finished("recipe=sft", "experiment=demo_sft", "samples.num_prompts=0")
     run = finished(
-        "recipe=dpo", "+experiment=demo_dpo", f"model.adapter={start.folder}", "trainer.logging_steps=5",
+        "recipe=dpo", "experiment=demo_dpo", f"model.adapter={start.folder}", "trainer.logging_steps=5",
         "samples.num_prompts=0",
     )  # fmt: skip
     last = [line["rewards/accuracies"] for line in run.results.steps if "rewards/accuracies" in line][-6:]

@@ -46,8 +46,7 @@ def overrides_for(file: Path) -> list[str]:
     if file == CONF_DIR / "config.yaml":
         return []
     group = file.parent.relative_to(CONF_DIR).as_posix()
-    plus = "+" if group == "experiment" else ""
-    return [f"{plus}{group}={file.stem}", *REQUIRED.get(name_of(file), [])]
+    return [f"{group}={file.stem}", *REQUIRED.get(name_of(file), [])]
 
 
 PICKED = [file for file in FILES if name_of(file) not in NO_CHOICE and not name_of(file).startswith("hydra/")]
@@ -157,8 +156,8 @@ def test_what_is_set_elsewhere_is_no_key_of_the_section(section: type[Section]) 
         (["quant=4bit"], {"quant.load_in_8bit": False, "quant.load_in_4bit": True}),
         (["recipe.learning_rate=0.25"], {"trainer.learning_rate": 0.25}),
         (["recipe.learning_rate=0.25", "trainer.learning_rate=0.5"], {"trainer.learning_rate": 0.5}),
-        (["+experiment=demo_dpo"], {"recipe.name": "dpo", "trainer.use_cpu": True, "tracker.label": "none"}),
-        (["+experiment=demo_dpo", "recipe=sft"], {"recipe.name": "sft", "trainer.use_cpu": True}),
+        (["experiment=demo_dpo"], {"recipe.name": "dpo", "trainer.use_cpu": True, "tracker.label": "none"}),
+        (["experiment=demo_dpo", "recipe=sft"], {"recipe.name": "sft", "trainer.use_cpu": True}),
         (["lora=dora", "lora.r=4"], {"lora.use_dora": True, "lora.r": 4}),
         (["lora.target_modules=[q_proj,v_proj]"], {"lora.target_modules": ["q_proj", "v_proj"]}),
         (["+trainer.adam_beta2=0.98"], {"trainer.adam_beta2": 0.98}),
@@ -219,13 +218,13 @@ def own_folder(tmp_path: Path) -> Path:
 
 def test_an_experiment_from_a_folder_of_ones_own_composes(own_folder: Path) -> None:
     with Composer(own_folder) as composer:
-        config, problems = check(composer.compose(["+experiment=night"], check_values=True))
+        config, problems = check(composer.compose(["experiment=night"], check_values=True))
     assert not problems
     assert config is not None
     assert (config.recipe.name, config.recipe.beta, config.seed) == ("dpo", 0.75, 7)
 
 
 def test_the_command_line_takes_a_folder_of_ones_own(own_folder: Path, command: Any) -> None:
-    done = command("--config-dir", str(own_folder), "+experiment=night", "--cfg", "job")
+    done = command("--config-dir", str(own_folder), "experiment=night", "--cfg", "job")
     assert done.status == 0, done.stderr
     assert OmegaConf.create(done.stdout).recipe.beta == 0.75

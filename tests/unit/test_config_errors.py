@@ -88,7 +88,7 @@ def fine(composer: Composer, overrides: list[str]) -> bool:
         (["model=smollm2"], "model", "no option smollm2", "model=smollm2_135m"),
         (["quant=16bit"], "quant", "no option 16bit", "4bit, 8bit, none"),
         (["recip=dpo"], "recip", "no such group", "recipe=dpo"),
-        (["experiment=demo_dpo"], "experiment", "added", "+experiment=demo_dpo"),
+        (["experiment=demo"], "experiment", "no option demo", "demo_dpo, demo_sft"),
         (["quant=8"], "quant", "no option 8", "8bit"),
         (["recipe=null"], "recipe", "", "dpo, sft"),
         # Types and ranges.
@@ -130,7 +130,6 @@ MENDED = re.compile(r"\b(?:did you mean|write|add it with|add) (\+?[\w./]+)")
         ("trainer.max_step=4", "trainer.max_steps=4"),
         ("trainer.adam_beta2=0.98", "+trainer.adam_beta2=0.98"),
         ("recip=dpo", "recipe=dpo"),
-        ("experiment=demo_dpo", "+experiment=demo_dpo"),
         ("data.path=json", "data=hub data.path=json"),
     ],
 )
@@ -164,6 +163,8 @@ BREAKING_EXAMPLES = [
     ["lora=pissa", "quant=8bit"],
     ["trainer.bf16=true", "trainer.fp16=true"],
     ["trainer.max_steps=0"],
+    ["recipe.eval_max_length=100"],
+    ["data=splits", "data.train_file=mine.jsonl", "trainer.eval_strategy=no", "objective=eval_loss"],
     ["trainer.fp16=true", "trainer.bf16=false", "trainer.use_cpu=true"],
     ["trainer.eval_strategy=steps"],
     ["trainer.load_best_model_at_end=true", "trainer.eval_strategy=no", "trainer.save_strategy=best"],

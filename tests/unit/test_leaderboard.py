@@ -121,7 +121,7 @@ def test_the_files_have_every_trial_in_one_order(tmp_path: Path) -> None:
     for row, written, point in zip(rows, points, board.points, strict=True):
         assert row["rank"] == str(written["rank"] or "")
         assert [float(row[key]) for key in board.axes] == list(written["axes"].values()) == list(point.axes.values())
-        assert row["folder"] in {trial["folder"] for trial in written["trials"]}
+        assert row["best_run"] in {trial["name"] for trial in written["trials"]}
     names = [trial["name"] for written in points for trial in written["trials"]]
     assert sorted(names, key=int) == [str(number) for number in range(21)]
     assert [written["rank"] for written in points] == [1, 2, 3, 4, 5, 6, None, None, None]
@@ -141,3 +141,16 @@ def test_no_trials_make_an_empty_board() -> None:
     board = leaderboard([])
     assert board.best is None
     assert not board.points
+
+
+def test_no_clock_is_in_the_files(tmp_path: Path) -> None:
+    found = []
+    for seconds in (1.0, 2.0):
+        folder = sweep_of(tmp_path / str(seconds), [[0.1, 0.2], [0.3]])
+        for trial in folder.iterdir():
+            run, metrics = (json.loads((trial / name).read_text()) for name in ("run.json", "metrics.json"))
+            (trial / "run.json").write_text(json.dumps({**run, "wall_times": {"train": seconds}}))
+            (trial / "metrics.json").write_text(json.dumps({**metrics, "train_runtime": seconds}))
+        write_leaderboard(folder, read_trials(folder))
+        found.append([(folder / name).read_text() for name in ("leaderboard.csv", "leaderboard.json")])
+    assert found[0] == found[1]

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from lora_exp.engine import store as store_module
+from lora_exp.engine import digests, store_file
 from lora_exp.engine.store import ReferenceStore, default_path, row_key
 from lora_exp.errors import UserError
 from lora_exp.store import human_size, main
@@ -246,7 +246,7 @@ def test_reading_waits_for_no_writer_and_the_use_is_marked_later(path: Path) -> 
 
 
 def test_a_lock_that_stays_is_a_user_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "WAIT_S", 0.1)
+    monkeypatch.setattr(store_file, "WAIT_S", 0.1)
     filled(path, rows(1))
     with closing(sqlite3.connect(path, isolation_level=None)) as writer, ReferenceStore(path, PLENTY) as store:
         writer.execute("BEGIN IMMEDIATE")
@@ -529,13 +529,13 @@ def age(file: Path, seconds: float) -> None:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that were really read."""
     names: list[str] = []
-    really = store_module._sha256
+    really = digests._sha256
 
     def counting(file: object) -> str:
         names.append(Path(file.name).name)  # type: ignore[attr-defined]
         return really(file)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(store_module, "_sha256", counting)
+    monkeypatch.setattr(digests, "_sha256", counting)
     return names
 
 
@@ -581,13 +581,13 @@ def test_a_file_that_was_changed_just_now_is_not_remembered(
 def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
     path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    really = store_module._sha256
+    really = digests._sha256
 
     def slow(file: object) -> str:
         age(weights, 40)
         return really(file)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(store_module, "_sha256", slow)
+    monkeypatch.setattr(digests, "_sha256", slow)
     digest(path, weights)
     assert sql(path, "SELECT * FROM files") == []
 
@@ -618,7 +618,7 @@ def test_a_file_that_is_not_there_has_no_digest(path: Path, tmp_path: Path) -> N
 
 
 def test_old_digests_make_room(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "REMEMBERED_FILES", 2)
+    monkeypatch.setattr(digests, "REMEMBERED_FILES", 2)
     for name in "abc":
         (tmp_path / name).write_bytes(name.encode() * (1 << 20))
         age(tmp_path / name, 100)

@@ -224,12 +224,12 @@ def test_the_frontier_says_what_stands_in_for_kl_or_what_is_missing(tmp_path: Pa
         make_trial(tmp_path / str(number), {"lora.r": number}, 0.5 + number / 10)
     shift = frontier_figure(board_of(tmp_path))
     assert isinstance(shift, Figure)
-    assert "eval_kl_chosen" in shift.notes[0]
+    assert "eval_kl/chosen" in shift.notes[0]
     for number in range(3):
         (tmp_path / str(number) / "metrics.jsonl").write_text("")
     missing = frontier_figure(board_of(tmp_path))
     assert isinstance(missing, str)
-    assert "eval_kl_chosen" in missing
+    assert "eval_kl/chosen" in missing
     html, _ = page_of(tmp_path)
     assert missing in text_of(html)
 
@@ -238,7 +238,7 @@ def test_the_frontier_holds_the_points_that_none_beats_in_both(tmp_path: Path) -
     places = [(0.1, 0.6), (0.2, 0.5), (0.3, 0.8), (0.4, 0.7), (0.5, 0.9)]
     for number, (kl, accuracy) in enumerate(places):
         folder = make_trial(tmp_path / str(number), {"lora.r": number}, accuracy)
-        (folder / "metrics.json").write_text(json.dumps({"eval_kl_chosen": kl, "eval_rewards/accuracies": accuracy}))
+        (folder / "metrics.json").write_text(json.dumps({"eval_kl/chosen": kl, "eval_rewards/accuracies": accuracy}))
     figure = frontier_figure(board_of(tmp_path))
     assert isinstance(figure, Figure)
     line, dots = figure.data

@@ -17,7 +17,7 @@ from tests.sweeps import make_sweep, make_trial
     [
         ("eval_loss", "minimize"),
         ("train_loss", "minimize"),
-        ("eval_kl_chosen", "minimize"),
+        ("eval_kl/chosen", "minimize"),
         ("eval_rewards/accuracies", "maximize"),
         ("eval_rewards/margins", "maximize"),
         ("eval_mean_token_accuracy", "maximize"),

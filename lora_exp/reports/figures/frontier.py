@@ -20,7 +20,7 @@ from lora_exp.reports.figures.base import (
 from lora_exp.reports.page import series_of
 from lora_exp.sweeps.leaderboard import Interval, Leaderboard, Point, interval
 
-KL, ACCURACY, LOGPS = "eval_kl_chosen", "eval_rewards/accuracies", "eval_logps/chosen"
+KL, ACCURACY, LOGPS = "eval_kl/chosen", "eval_rewards/accuracies", "eval_logps/chosen"
 
 
 def frontier_figure(board: Leaderboard) -> Figure | str | None:
