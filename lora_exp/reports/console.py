@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_exp.errors import count
-from lora_exp.reports.figures import setting, short_names, with_interval
+from lora_exp.reports.figures.base import setting, short_names, with_interval
 from lora_exp.reports.page import duration, number
 from lora_exp.reports.results import RunResults
 from lora_exp.sweeps.leaderboard import Leaderboard, Point, summary
@@ -143,7 +143,9 @@ class TrainingDisplay:
 def result_table(results: RunResults) -> None:
     """Print the closing table of a run: the numbers that matter, before and after, and where everything lies."""
     run, final, before = results.run, results.metrics, results.first_evaluation
-    table = Table(title=f"{run['recipe']} {run['status']}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"{run.get('recipe') or 'run'} {run['status']}", title_justify="left", title_style="bold", box=SIMPLE_HEAD
+    )
     table.add_column("")
     for column in ("before", "after") if before else ("",):
         table.add_column(column, justify="right")
@@ -153,17 +155,22 @@ def result_table(results: RunResults) -> None:
 
     if "train_loss" in final:
         row("train loss", number(final["train_loss"]))
-    for key, short in run["headline"].items():
+    for key, short in (run.get("headline") or {}).items():
         if f"eval_{key}" in final:
             first = number(before[f"eval_{key}"]) if f"eval_{key}" in before else ""
             row(f"eval {short}", number(final[f"eval_{key}"]), first)
-    row("trainable parameters", f"{run['trainable_parameters']:,}")
-    row("peak memory", f"{run['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    if "trainable_parameters" in run:
+        row("trainable parameters", f"{run['trainable_parameters']:,}")
+    if "peak_memory_bytes" in run:
+        row("peak memory", f"{run['peak_memory_bytes'] / 2**20:,.0f} MiB")
     row("time", f"{sum(run['wall_times'].values()):.1f} s")
     console.print()
     console.print(table)
-    for name, path in (("folder", results.folder), ("adapter", results.folder / "adapter")):
-        say(name, str(path))
+    if run.get("error"):
+        say("error", run["error"])
+    say("folder", str(results.folder))
+    if (results.folder / "adapter").is_dir():
+        say("adapter", str(results.folder / "adapter"))
     say("report", str(results.folder / "report.html"))
 
 

@@ -16,8 +16,12 @@ from typing import Any
 from urllib.parse import quote
 
 from lora_exp.errors import count
-from lora_exp.reports import figures
-from lora_exp.reports.figures import MOST_VALUES, Figure, label, setting, with_interval
+from lora_exp.reports.figures.base import MOST_VALUES, Figure, label, setting, short_names, with_interval
+from lora_exp.reports.figures.cost import cost_figures
+from lora_exp.reports.figures.curves import curve_figures
+from lora_exp.reports.figures.frontier import frontier_figure
+from lora_exp.reports.figures.parallel import parallel_figure
+from lora_exp.reports.figures.settings import objective_figures, order
 from lora_exp.reports.page import PAGE, TEMPLATES, duration, memory, render
 from lora_exp.run_folder import write_whole
 from lora_exp.sweeps.leaderboard import Leaderboard, Point, leaderboard, summary, write_leaderboard
@@ -65,7 +69,7 @@ def sweep_facts(board: Leaderboard, name: str, beside: Path) -> dict[str, Any]:
         name: What the page is called.
         beside: The folder that the page will stand in.
     """
-    frontier = figures.frontier_figure(board)
+    frontier = frontier_figure(board)
     sections = [(title, charts) for title, charts in _sections(board, frontier) if charts]
     drawn = [figure for _, charts in sections for figure in charts]
     scripts = _scripts() if drawn else []
@@ -78,7 +82,7 @@ def sweep_facts(board: Leaderboard, name: str, beside: Path) -> dict[str, Any]:
         "command": sweep_command(beside),
         "board": board,
         "best": _best(board, beside),
-        "columns": list(figures.short_names(board.axes).values()),
+        "columns": list(short_names(board.axes).values()),
         "rows": [_row(point, board, beside) for point in board.points[:MOST_ROWS]],
         "left_out": max(0, len(board.points) - MOST_ROWS),
         "sections": sections,
@@ -94,12 +98,12 @@ def sweep_facts(board: Leaderboard, name: str, beside: Path) -> dict[str, Any]:
 
 
 def _sections(board: Leaderboard, frontier: Figure | str | None) -> Iterable[tuple[str, list[Figure]]]:
-    parallel = figures.parallel_figure(board)
-    yield "By setting", figures.objective_figures(board)
+    parallel = parallel_figure(board)
+    yield "By setting", objective_figures(board)
     yield "Together", [parallel] if parallel else []
     yield "Reward against distance", [frontier] if isinstance(frontier, Figure) else []
-    yield "Training", figures.curve_figures(board)
-    yield "Time and memory", figures.cost_figures(board)
+    yield "Training", curve_figures(board)
+    yield "Time and memory", cost_figures(board)
 
 
 # Scripts ---------------------------------------------------------------------------------------------
@@ -140,7 +144,7 @@ def asked(board: Leaderboard) -> list[tuple[str, str]]:
 
 
 def _values(values: Iterable[Any]) -> list[str]:
-    return [setting(value) for value in sorted({setting(v): v for v in values}.values(), key=figures.order)]
+    return [setting(value) for value in sorted({setting(v): v for v in values}.values(), key=order)]
 
 
 def _tried(values: Sequence[Any]) -> str:

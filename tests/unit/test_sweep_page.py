@@ -12,13 +12,16 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
-from lora_exp.reports.figures import Figure, frontier_figure, label, plain
+from lora_exp.reports.figures.base import Figure, label, plain
+from lora_exp.reports.figures.frontier import frontier_figure
+from lora_exp.reports.figures.parallel import MIN_GAP, parallel_figure
 from lora_exp.reports.page import write_page
 from lora_exp.reports.sweep_page import sweep_facts, write_comparison, write_sweep
 from lora_exp.sweeps.leaderboard import leaderboard
@@ -188,6 +191,23 @@ def test_every_figure_is_one_that_plotly_knows(tmp_path: Path, seeds: int) -> No
             assert len(trace["x"]) == len(trace["y"]) > 0
 
 
+def test_the_numbers_beside_a_column_of_the_parallel_coordinates_stand_apart(tmp_path: Path) -> None:
+    for number, value in enumerate((0.5, 0.501, 0.502, 0.9)):
+        settings = {"lora.r": 2**number, "data.name": f"n{number}", "recipe.beta": 0.1 * number}
+        make_trial(tmp_path / str(number), settings, value)
+    for number in range(60):
+        make_trial(tmp_path / f"x{number}", {"lora.r": 1, "data.name": f"m{number}", "recipe.beta": 0.0}, 0.6)
+    figure = parallel_figure(board_of(tmp_path))
+    assert figure is not None
+    columns: dict[int, list[float]] = {}
+    for mark in figure.layout["annotations"]:
+        columns.setdefault(mark["x"], []).append(mark["y"])
+    assert len(columns) == 4
+    for places in columns.values():
+        assert len(places) > 1
+        assert min(right - left for left, right in pairwise(sorted(places))) >= MIN_GAP
+
+
 def test_intervals_are_drawn_where_there_are_seeds(tmp_path: Path) -> None:
     make_sweep(tmp_path / "three", 3)
     make_sweep(tmp_path / "one", 1)
@@ -305,6 +325,30 @@ def test_the_command_compares_a_sweep_and_a_run(tmp_path: Path) -> None:
     assert "page.html" in done.stdout
     assert "10 trials" in (tmp_path / "page.html").read_text()
     assert "eval_loss: less is better" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"recipe": "dpo", "status": "failed", "error": "ValueError: no", "wall_times": {}},
+        {"status": "running", "wall_times": {"data": 0.5}},
+    ],
+)
+def test_the_command_reports_a_run_that_did_not_finish(tmp_path: Path, run: dict[str, Any]) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    done = report(".", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert run["status"] in done.stdout
+    assert run.get("error", "") in done.stdout
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_the_command_reports_a_run_whose_loss_became_no_number(tmp_path: Path) -> None:
+    folder = make_trial(tmp_path / "run", {}, 0.5)
+    (folder / "metrics.json").write_text('{"train_loss": null, "eval_loss": null}')
+    done = report("run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"eval loss +0.69 +no number", done.stdout)
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,15 @@ def tear(path: Path) -> None:
     path.write_text(text[: len(text) // 2])
 
 
+def mangle(path: Path) -> None:
+    """Put what a failing disk may leave before what is right."""
+    path.write_text("\x00{: [\n" + path.read_text())
+
+
 @pytest.mark.parametrize(
     "name", ["run.json", "config.yaml", "metrics.json", "metrics.jsonl", "samples.jsonl", ".hydra/overrides.yaml"]
 )
-@pytest.mark.parametrize("damage", [Path.unlink, tear, lambda path: path.write_text("")])
+@pytest.mark.parametrize("damage", [Path.unlink, tear, lambda path: path.write_text(""), mangle])
 def test_a_half_written_folder_is_listed(tmp_path: Path, name: str, damage: Any) -> None:
     make_trial(tmp_path / "0", {"lora.r": 4}, 0.5)
     damage(make_trial(tmp_path / "1", {"lora.r": 8}, 0.6) / name)
