@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lora_exp.data.kinds import IGNORED
+from lora_exp.engine import attention, forward
 from lora_exp.engine.forward import PackedForward
 from lora_exp.engine.packing import Family, Row, pack
 from lora_exp.models.bitsandbytes import computing_as_in_training, without_outliers
@@ -100,15 +102,49 @@ def _of_probe(base: Any, longest: int, no_dropout: bool) -> str | None:
         reason = _compare(base, members)
         if reason is None:
             _train_once(base, members, no_dropout)
-    except torch.OutOfMemoryError:
-        raise  # the padded forward would need more, not less
-    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"{base.config.model_type}: {str(error).splitlines()[0]}"
+    except _RefusedError as error:
+        reason = f"{base.config.model_type}: {error}"
     finally:
         base.train(training)
     if reason is not None:
         base.set_attn_implementation(before)
     return reason
+
+
+class _RefusedError(Exception):
+    """A model takes no flat row."""
+
+
+def _packed(base: Any, members: list[Family]) -> torch.Tensor:
+    """Return the last hidden states of one flat row.
+
+    Raises:
+        _RefusedError: If the model's own code or our attention cannot deal with it.
+    """
+    row = pack(members)
+    try:
+        return PackedForward(base).hidden(row)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        # Models raise all of these over a mask or positions that they do not expect (OpenAI GPT, BLOOM, XLM), so the
+        # place tells a refusal from a mistake of ours.
+        if _is_of_the_device(error) or not _is_a_refusal(error):
+            raise
+        raise _RefusedError(next(iter(str(error).splitlines()), type(error).__name__)) from error
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    """Whether memory ran out or the device failed; the padded forward would need more memory, not less."""
+    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "DefaultCPUAllocator" in str(error)
+
+
+def _is_a_refusal(error: Exception) -> bool:
+    """Whether it comes from the model, below `PackedForward`, or from the attention that the model calls."""
+    modules: list[str] = [frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)]
+    last = max(number for number, name in enumerate(modules) if name.startswith("lora_exp."))
+    called = modules[last + 1 : last + 2]
+    return modules[last] == attention.__name__ or (
+        modules[last] == forward.__name__ and called == [torch.nn.modules.module.__name__]
+    )
 
 
 def _random_families(base: Any, longest: int) -> list[Family]:
@@ -131,7 +167,7 @@ def _random_families(base: Any, longest: int) -> list[Family]:
 
 def _compare(base: Any, members: list[Family]) -> str | None:
     with torch.no_grad(), computing_as_in_training(base), without_outliers(base):
-        packed = PackedForward(base).hidden(pack(members))
+        packed = _packed(base, members)
         start, worst = 0, 0.0
         for family in members:
             branch = start + family.prefix
@@ -162,7 +198,7 @@ def _train_once(base: Any, members: list[Family], no_dropout: bool) -> None:
         for layer, _ in layers:
             layer.p = 0.0 if no_dropout else layer.p
         with torch.no_grad(), torch.random.fork_rng():
-            PackedForward(base).hidden(pack(members))
+            _packed(base, members)
     finally:
         for layer, share in layers:
             layer.p = share

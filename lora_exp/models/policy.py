@@ -157,7 +157,7 @@ def attach_adapter(base: Any, config: Config, precision: Precision, start: Path 
         scratch: Where an initial adapter is kept if saving will need it.
 
     Raises:
-        UserError: If `lora.target_modules` matches no layer.
+        UserError: If `lora.target_modules` matches no layer, or one that PEFT refuses.
     """
     if start is not None:
         return _with_trained_adapter(base, config.lora, precision, start)
@@ -170,7 +170,11 @@ def attach_adapter(base: Any, config: Config, precision: Precision, start: Path 
     if uses_conv1d(base, covered):
         arguments["fan_in_fan_out"] = True
     lora = instantiate(arguments, task_type="CAUSAL_LM", _convert_="all")
-    model = get_peft_model(base, lora)
+    try:
+        model = get_peft_model(base, lora)
+    except ValueError as error:
+        SHARED_BASE.forget()  # some of its layers may carry an adapter already
+        raise _refused_layers(base, error) from error
     if not writes_into_base(config.lora):
         return _policy(model, precision, "adapter off")
     initial = scratch / "initial_adapter"
@@ -181,6 +185,19 @@ def attach_adapter(base: Any, config: Config, precision: Precision, start: Path 
     model.save_pretrained(str(policy.initial))
     lora.init_lora_weights = wanted
     return policy
+
+
+def _refused_layers(base: Any, error: ValueError) -> Exception:
+    """Return what tells the user which layers are left, or the error itself where PEFT does not name one.
+
+    PEFT 0.21 refuses some layers of state space models (`tuners/tuners_utils.py`), whose kernels read the bare weights.
+    """
+    names = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear_layers(base) if "lora_" not in name}
+    left = sorted(name for name in names if f"'{name}'" not in str(error))
+    if len(left) == len(names):
+        return error
+    problem = Problem("lora.target_modules", str(error), f"lora.target_modules=[{','.join(left)}] takes the others")
+    return UserError("PEFT refuses to adapt a layer", [problem])
 
 
 def _with_trained_adapter(base: Any, lora: LoraConfig, precision: Precision, start: Path) -> Policy:

@@ -26,13 +26,18 @@ SHAPES: dict[str, tuple[dict[str, Any], set[str]]] = {
 @pytest.fixture(scope="module", params=SHAPES)
 def custom(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Return an architecture's name and a folder with a tiny random model of it."""
+    fields, _ = SHAPES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    write_model(folder, request.param, fields)
+    return request.param, folder
+
+
+def write_model(folder: Path, model_type: str, fields: dict[str, Any]) -> None:
+    """Write a random model, with the tokenizer of `model=tiny`."""
     from lora_exp.models.embedded import build
 
-    fields, _ = SHAPES[request.param]
     tokenizer: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "model" / "tiny.yaml"))["embedded"]["tokenizer"]  # type: ignore[index, call-overload]
-    folder = tmp_path_factory.mktemp(request.param)
-    build({"seed": 0, "config": {"model_type": request.param, **fields}, "tokenizer": tokenizer}, folder)
-    return request.param, folder
+    build({"seed": 0, "config": {"model_type": model_type, **fields}, "tokenizer": tokenizer}, folder)
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo"])
@@ -56,6 +61,17 @@ def test_a_target_that_is_not_there_is_told_with_those_that_are(custom: tuple[st
     with pytest.raises(UserError) as caught:
         run_in(tmp_path / "run", ["model=custom", *overrides])
     assert all(each in str(caught.value) for each in SHAPES[name][1])
+
+
+def test_layers_that_peft_refuses_are_told_with_those_that_are_left(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "mamba", {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4})
+    run = ["model=custom", f"model.pretrained_model_name_or_path={tmp_path / 'model'}", "tracker=none"]
+    with pytest.raises(UserError, match="'out_proj' is incompatible") as caught:
+        run_in(tmp_path / "refused", run)
+    (mend,) = [problem.mend for problem in caught.value.problems]
+    assert mend.startswith("lora.target_modules=[dt_proj,in_proj,x_proj]")
+    run += [mend.split()[0], "trainer.max_steps=1", "recipe.max_length=128", "samples.num_prompts=0"]
+    assert run_in(tmp_path / "run", run).results.run["status"] == "finished"
 
 
 def test_a_run_with_nothing_left_to_learn_from_stops(tmp_path: Path) -> None:
