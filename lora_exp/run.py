@@ -27,10 +27,11 @@ from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
 from lora_exp.reports import console
 from lora_exp.reports.page import write_page
-from lora_exp.run_folder import RunFolder
+from lora_exp.rules import flatten
+from lora_exp.run_folder import RunFolder, read_jsonl
 from lora_exp.sweeps.earlier import earlier_trial
 from lora_exp.sweeps.identity import identity_of
-from lora_exp.tracking.base import Guarded, RunInfo
+from lora_exp.tracking.base import Ending, Guarded, RunInfo
 from lora_exp.training.checkpoints import checkpoint_to_resume
 from lora_exp.validation import validate
 
@@ -98,7 +99,7 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     checkpoint = before.checkpoint if before else checkpoint_to_resume(config.resume, resolved)
     start = adapter_dir(config.model)
     folder = RunFolder(launch.folder)
-    info = RunInfo(folder.path, resolved, launch.name, launch.sweep, config.recipe.name)
+    info = RunInfo(folder.path, resolved, launch.name, launch.sweep, config.recipe.name, _axes(resolved, launch))
     goes_on = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
     resumed = goes_on or before is not None
     try:
@@ -113,6 +114,12 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
         _check_base()
     show_result(folder.path, table=launch.sweep is None)
     return objective
+
+
+def _axes(resolved: dict[str, Any], launch: Launch) -> dict[str, Any]:
+    """Return what the sweep varies in this run: of a group the option, of a key the value."""
+    values = {**flatten(resolved), **launch.choices}
+    return {axis: values.get(axis) for axis in resolved["sweep"]["axes"]}
 
 
 def _check_base() -> None:
@@ -149,16 +156,18 @@ def _run(
     tracker = Guarded.start(config.tracker, info)
     failed_to_start = tracker.failure
     console.say("tracker", failed_to_start or tracker.where or "none")
-    succeeded = False
+    ending: Ending = "failed"
     try:
         trainer = build_trainer(config, folder, prepared, tracker)
         final = _train(config, folder, prepared, trainer, checkpoint)
         objective = _objective(config, final)
         folder.note(objective=objective, peak_memory_bytes=peak_memory_bytes(policy.device))
         tracker.summarize({**final, "objective": objective})
-        succeeded = True
+        tracker.samples(read_jsonl(folder.path / "samples.jsonl"))
+        tracker.adapter(folder.adapter)
+        ending = "finished"
     finally:
-        tracker.finish(succeeded)
+        tracker.finish(ending)
     if tracker.failure and not failed_to_start:
         console.note(tracker.failure)
     return objective

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lora_exp.config import Section
 
 log = logging.getLogger(__name__)
+
+
+Ending = Literal["finished", "failed", "pruned"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class RunInfo:
         name: The run's name.
         group: The sweep that it belongs to, if any.
         job_type: The recipe's name.
+        axes: What the sweep varies in this run, by key.
     """
 
     folder: Path
@@ -33,6 +37,7 @@ class RunInfo:
     name: str
     group: str | None
     job_type: str
+    axes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ActiveRun(ABC):
@@ -49,9 +54,15 @@ class ActiveRun(ABC):
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Record the final numbers."""
 
+    def samples(self, rows: Sequence[Mapping[str, str]]) -> None:  # noqa: B027 - not every tracker has tables
+        """Record the answers before and after, a row a prompt."""
+
+    def adapter(self, folder: Path) -> None:  # noqa: B027 - not every tracker keeps files
+        """Record the trained adapter."""
+
     @abstractmethod
-    def finish(self, succeeded: bool) -> None:
-        """Close the run, as failed where it failed."""
+    def finish(self, status: Ending) -> None:
+        """Close the run as what it is."""
 
 
 class Tracker(Section, ABC):
@@ -99,10 +110,20 @@ class Guarded(ActiveRun):
         if self.run is not None:
             self._attempt(self.run.summarize, summary)
 
-    def finish(self, succeeded: bool) -> None:
+    def samples(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Record the answers, if the tracker still works."""
+        if self.run is not None:
+            self._attempt(self.run.samples, rows)
+
+    def adapter(self, folder: Path) -> None:
+        """Record the adapter, if the tracker still works."""
+        if self.run is not None:
+            self._attempt(self.run.adapter, folder)
+
+    def finish(self, status: Ending) -> None:
         """Close the run, if the tracker still works."""
         if self.run is not None:
-            self._attempt(self.run.finish, succeeded)
+            self._attempt(self.run.finish, status)
 
     def _attempt(self, call: Callable[..., None], *arguments: Any) -> None:
         try:

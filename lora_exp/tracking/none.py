@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lora_exp.tracking.base import ActiveRun, RunInfo, Tracker
+from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker
 
 
 class Unwatched(ActiveRun):
@@ -17,7 +17,7 @@ class Unwatched(ActiveRun):
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Keep quiet."""
 
-    def finish(self, succeeded: bool) -> None:
+    def finish(self, status: Ending) -> None:
         """Keep quiet."""
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from lora_exp.tracking.base import ActiveRun, RunInfo, Tracker
+from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker
 
 
 class WandbRun(ActiveRun):
     """One `wandb.Run`."""
 
-    def __init__(self, run: Any, where: str) -> None:
+    def __init__(self, run: Any, where: str, log_adapter: bool) -> None:
         self.run = run
         self.where = where
+        self.log_adapter = log_adapter
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers under their section: `train/loss`, `eval/loss`; W&B's own step is left to W&B."""
@@ -29,9 +31,25 @@ class WandbRun(ActiveRun):
         """Write to the run's summary."""
         self.run.summary.update(dict(summary))
 
-    def finish(self, succeeded: bool) -> None:
-        """Close the run; a failed one shows as failed."""
-        self.run.finish(exit_code=0 if succeeded else 1)
+    def samples(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """Log the table `samples`."""
+        from wandb import Table
+
+        if rows:
+            columns = list(rows[0])
+            self.run.log({"samples": Table(columns, [[row[column] for column in columns] for row in rows])})
+
+    def adapter(self, folder: Path) -> None:
+        """Log the artifact `adapter-<run>`, where `tracker.log_adapter` asks for it."""
+        if self.log_adapter:
+            self.run.log_artifact(str(folder), name=f"adapter-{self.run.id}", type="model")
+
+    def finish(self, status: Ending) -> None:
+        """Close the run. W&B knows finished and failed; a pruned one is finished, with the tag `pruned`."""
+        self.run.summary["status"] = status
+        if status == "pruned":
+            self.run.tags = (*self.run.tags, "pruned")
+        self.run.finish(exit_code=1 if status == "failed" else 0)
 
 
 class Wandb(Tracker):
@@ -41,6 +59,7 @@ class Wandb(Tracker):
     mode: Literal["online", "offline", "disabled"] | None
     entity: str | None
     notes: str | None
+    log_adapter: bool
 
     def start(self, info: RunInfo) -> ActiveRun:
         """Open a run of its own, whatever other run this process has had; offline where online fails."""
@@ -57,8 +76,9 @@ class Wandb(Tracker):
         run.define_metric("train/global_step")
         run.define_metric("*", step_metric="train/global_step")
         if mode == "online":
-            return WandbRun(run, f"wandb online: {run.url}")
-        return WandbRun(run, f"wandb {mode} ({why}); later: wandb sync {info.folder}/wandb/offline-run-*")
+            return WandbRun(run, f"wandb online: {run.url}", self.log_adapter)
+        where = f"wandb {mode} ({why}); later: wandb sync {info.folder}/wandb/offline-run-*"
+        return WandbRun(run, where, self.log_adapter)
 
     def _open(self, wandb: Any, info: RunInfo, mode: str) -> Any:
         settings = wandb.Settings(silent=True, console="off", init_timeout=30, disable_git=True)
@@ -70,7 +90,7 @@ class Wandb(Tracker):
             job_type=info.job_type,
             tags=self.tags,
             notes=self.notes,
-            config=dict(info.config),
+            config={**info.config, **{f"sweep/{axis}": value for axis, value in info.axes.items()}},
             dir=str(info.folder),
             mode=mode,
             reinit="create_new",

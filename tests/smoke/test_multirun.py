@@ -51,6 +51,12 @@ def offline_records(folder: Path) -> list[Any]:
     return records
 
 
+def summary_of(record: Any) -> list[str]:
+    if not record.HasField("summary"):
+        return []
+    return [item.key or ".".join(item.nested_key) for item in record.summary.update]
+
+
 def logged_keys(records: list[Any]) -> set[str]:
     items = [item for record in records if record.HasField("history") for item in record.history.item]
     return {item.key or ".".join(item.nested_key) for item in items}
@@ -75,13 +81,15 @@ def test_four_jobs_make_four_whole_folders(sweep: tuple[list[Path], str]) -> Non
 
 def test_four_jobs_make_four_wandb_runs_of_one_group(sweep: tuple[list[Path], str]) -> None:
     folders, _ = sweep
-    runs, betas, exits = [], [], []
+    runs, betas, exits, swept, summaries = [], [], [], [], set()
     for folder in folders:
         records = offline_records(folder)
         run = next(record.run for record in records if record.HasField("run"))
         runs.append(run)
         config = {item.key: json.loads(item.value_json) for item in run.config.update}
         betas.append(config["recipe"]["beta"])
+        swept.append((config["sweep/recipe.beta"], config["sweep/recipe.max_length"]))
+        summaries |= {name for record in records for name in summary_of(record)}
         exits.append(next(record.exit.exit_code for record in records if record.HasField("exit")))
         assert {"train/loss", "train/rewards/margins", "eval/loss", "train/global_step"} <= logged_keys(records)
     assert len({run.run_id for run in runs}) == 4
@@ -89,6 +97,8 @@ def test_four_jobs_make_four_wandb_runs_of_one_group(sweep: tuple[list[Path], st
     assert {run.job_type for run in runs} == {"dpo"}
     assert len({run.display_name for run in runs}) == 4
     assert sorted(betas) == [0.05, 0.05, 0.1, 0.1]
+    assert sorted(swept) == [(0.05, 128), (0.05, 256), (0.1, 128), (0.1, 256)]
+    assert {"objective", "samples", "status"} <= summaries
     assert exits == [0, 0, 0, 0]
 
 
