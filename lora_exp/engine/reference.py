@@ -43,11 +43,17 @@ def add_reference(trainer: Any, store: ReferenceStore, identity: Identity) -> di
     datasets = [each for each in (trainer.train_dataset, trainer.eval_dataset) if each is not None]
     pairs = [(row["prompt_ids"], *(row[name] for name in ANSWERS)) for dataset in datasets for row in dataset]
     keys = [tuple(row_key(prompt, answer) for answer in answers) for prompt, *answers in pairs]
-    values = store.get(identity.digest, sorted({key for both in keys for key in both}))
+    wanted = sorted({key for both in keys for key in both})
+    values = store.get(identity.digest, wanted)
     missing = [number for number, both in enumerate(keys) if any(key not in values for key in both)]
     for part in _compute(trainer, [_family(*pairs[number]) for number in missing], [keys[n] for n in missing]):
+        part = {key: value for key, value in part.items() if key not in values}
         store.put(identity.digest, identity.description, part)
         values |= part
+    if missing:
+        # Rows that occur twice, or that another process computed meanwhile, were rounded in more than one way; what is
+        # stored is what every later run reads.
+        values |= store.get(identity.digest, wanted)
     trainer.train_dataset = _with_columns(trainer, trainer.train_dataset, values)
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = _with_columns(trainer, trainer.eval_dataset, values)
