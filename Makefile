@@ -28,7 +28,7 @@ install-dev: $(VENV)/.dev ## the same, with what the tests need
 demo: $(VENV)/.base ## SFT, then DPO on top of it: embedded model, sample data, CPU, about a minute
 	@$(RUN) experiment=demo_sft output_dir=$(DEMO)/sft
 	@$(RUN) experiment=demo_dpo model.adapter=$(DEMO)/sft output_dir=$(DEMO)/dpo
-	@$(BIN)/python -m lora_exp.report $(DEMO)/sft $(DEMO)/dpo
+	@$(BIN)/python -m lora_exp.report $(DEMO)/sft $(DEMO)/dpo --output $(DEMO)/report.html
 
 sweep-demo: $(VENV)/.base ## twelve trials of DPO on the embedded model: beta, learning rate, seed
 	@$(RUN) -m experiment=demo_sweep sweep.name=demo-$(shell date +%Y-%m-%d_%H-%M-%S)

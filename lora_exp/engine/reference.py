@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 256
 """Rows summed in one padded batch."""
 
 KEPT_AT_ONCE = 64
-"""Micro-batches between two writes: what a kill can cost."""
+"""Micro-batches between two writes, or a few more: what a kill can cost."""
 
 
 def add_reference(trainer: Any, store: ReferenceStore, identity: Identity) -> dict[str, int]:
@@ -43,11 +43,17 @@ def add_reference(trainer: Any, store: ReferenceStore, identity: Identity) -> di
     datasets = [each for each in (trainer.train_dataset, trainer.eval_dataset) if each is not None]
     pairs = [(row["prompt_ids"], *(row[name] for name in ANSWERS)) for dataset in datasets for row in dataset]
     keys = [tuple(row_key(prompt, answer) for answer in answers) for prompt, *answers in pairs]
-    values = store.get(identity.digest, sorted({key for both in keys for key in both}))
+    wanted = sorted({key for both in keys for key in both})
+    values = store.get(identity.digest, wanted)
     missing = [number for number, both in enumerate(keys) if any(key not in values for key in both)]
     for part in _compute(trainer, [_family(*pairs[number]) for number in missing], [keys[n] for n in missing]):
+        part = {key: value for key, value in part.items() if key not in values}
         store.put(identity.digest, identity.description, part)
         values |= part
+    if missing:
+        # Rows that occur twice, or that another process computed meanwhile, were rounded in more than one way; what is
+        # stored is what every later run reads.
+        values |= store.get(identity.digest, wanted)
     trainer.train_dataset = _with_columns(trainer, trainer.train_dataset, values)
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = _with_columns(trainer, trainer.eval_dataset, values)
@@ -66,22 +72,42 @@ def _family(prompt: list[int], *answers: list[int]) -> Family:
 
 
 def _compute(trainer: Any, missing: list[Family], keys: list[tuple[bytes, ...]]) -> Iterable[dict[bytes, bytes]]:
-    """Yield the values of what is missing, some micro-batches at a time."""
+    """Yield the values of what is missing, a stretch of rows at a time."""
     if not missing:
         return
-    bins = fill([len(family) for family in missing], trainer.tokens_per_microbatch)
+    budget = trainer.tokens_per_microbatch
+    stretches = [
+        [[stretch[place] for place in members] for members in fill([len(missing[n]) for n in stretch], budget)]
+        for stretch in _stretches([len(family) for family in missing], KEPT_AT_ONCE * budget)
+    ]
     adapter = "ref" if "ref" in trainer.model.peft_config else None
     training = trainer.model.training
     trainer.model.eval()
-    done: dict[bytes, bytes] = {}
-    with use_adapter(trainer.model, adapter), torch.no_grad(), Steps("reference", len(bins)) as steps:
-        for number, members in enumerate(bins, start=1):
-            done |= _score(trainer, [missing[index] for index in members], [keys[index] for index in members])
-            steps.advance()
-            if number % KEPT_AT_ONCE == 0 or number == len(bins):
-                yield done
-                done = {}
+    with use_adapter(trainer.model, adapter), torch.no_grad(), Steps("reference", sum(map(len, stretches))) as steps:
+        for bins in stretches:
+            done: dict[bytes, bytes] = {}
+            for members in bins:
+                done |= _score(trainer, [missing[index] for index in members], [keys[index] for index in members])
+                steps.advance()
+            yield done
     trainer.model.train(training)
+
+
+def _stretches(sizes: list[int], budget: int) -> list[list[int]]:
+    """Cut things, in their order, into stretches of at least `budget`.
+
+    What is left after a kill begins with a stretch, so that it is packed as it would have been: how a row is rounded
+    depends on the rows beside it.
+    """
+    stretches: list[list[int]] = [[]]
+    load = 0
+    for index, size in enumerate(sizes):
+        if load >= budget:
+            stretches.append([])
+            load = 0
+        stretches[-1].append(index)
+        load += size
+    return stretches
 
 
 def _score(trainer: Any, members: list[Family], keys: list[tuple[bytes, ...]]) -> dict[bytes, bytes]:

@@ -96,3 +96,14 @@ def test_bins_are_even(sizes: list[int], budget: int) -> None:
     """No two bins differ by more than the largest thing: the largest go first, each to the emptiest."""
     loads = [sum(sizes[index] for index in members) for members in fill(sizes, budget)]
     assert max(loads) - min(loads) <= max(sizes)
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
+def test_what_a_kill_leaves_is_cut_as_it_would_have_been(sizes: list[int], budget: int) -> None:
+    from lora_exp.engine.reference import _stretches
+
+    whole = _stretches(sizes, budget)
+    assert [index for stretch in whole for index in stretch] == list(range(len(sizes)))
+    for done in range(1, len(whole)):
+        first = whole[done][0]
+        assert [[first + index for index in each] for each in _stretches(sizes[first:], budget)] == whole[done:]
