@@ -47,12 +47,12 @@ def add_reference(trainer: Any, store: ReferenceStore, identity: Identity) -> di
     values = store.get(identity.digest, wanted)
     missing = [number for number, both in enumerate(keys) if any(key not in values for key in both)]
     for part in _compute(trainer, [_family(*pairs[number]) for number in missing], [keys[n] for n in missing]):
+        # Of a pair one answer may have been there; computed again beside other rows it is rounded otherwise.
         part = {key: value for key, value in part.items() if key not in values}
         store.put(identity.digest, identity.description, part)
         values |= part
     if missing:
-        # Rows that occur twice, or that another process computed meanwhile, were rounded in more than one way; what is
-        # stored is what every later run reads.
+        # What another process computed meanwhile was rounded beside other rows; every run uses what is stored.
         values |= store.get(identity.digest, wanted)
     trainer.train_dataset = _with_columns(trainer, trainer.train_dataset, values)
     if trainer.eval_dataset is not None:

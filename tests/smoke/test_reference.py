@@ -75,3 +75,16 @@ def test_a_pissa_reference_is_the_model_that_one_started_from(tmp_path: Path) ->
     plain = build_trainer(tmp_path / "plain", overrides)
     pissa = build_trainer(tmp_path / "pissa", [*overrides, "lora=pissa"])
     torch.testing.assert_close(reference_logps(pissa), reference_logps(plain), rtol=1e-4, atol=1e-3)
+
+
+def test_an_answer_that_is_stored_keeps_its_value_where_the_other_of_its_pair_is_computed(tmp_path: Path) -> None:
+    """Computed again beside other rows it is rounded otherwise, and what is stored is what later runs read."""
+
+    def sums(name: str, max_length: int) -> list[tuple[float, ...]]:
+        run = ["recipe=dpo", "tracker=none", f"recipe.max_length={max_length}", f"store.path={tmp_path}/kept.sqlite3"]
+        trainer = build_trainer(tmp_path / name, run)
+        columns = ("ref_chosen_logps", "ref_rejected_logps")
+        return [tuple(row[column] for column in columns) for row in trainer.train_dataset]
+
+    sums("other", 256)
+    assert sums("computes", 192) == sums("reads", 192)
