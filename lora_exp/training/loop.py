@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import Config
@@ -53,11 +54,19 @@ def make_trainer(
     try:
         trainer = config.recipe.trainer(engine, work.policy, data.tokenizer, data.datasets, work.arguments, callbacks)
     except (ValueError, TypeError, NotImplementedError) as error:
+        if _is_ours(error):
+            raise
         problem = Problem("trainer or recipe", str(error))
         raise UserError(f"{config.recipe.library_class} refuses the config", [problem]) from error
     trainer.remove_callback(PrinterCallback)
     engine.equip(trainer, work)
     return trainer
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it was raised in this project's own code, by a wrong call say: a bug, which keeps its traceback."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("lora_exp.")
 
 
 def train(trainer: Any, checkpoint: Path | None) -> dict[str, float]:
