@@ -7,9 +7,10 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from lora_exp.cli import failures, launch_from_hydra, prepare
+from lora_exp.cli import launch_from_hydra, prepare
 from lora_exp.config import CONF_DIR, register_resolvers
 from lora_exp.errors import USER_ERROR_STATUS, UserError, print_user_error
+from lora_exp.sweeps.failures import failures
 
 register_resolvers()
 

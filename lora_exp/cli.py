@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +10,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError, count, print_user_error
-from lora_exp.sweeps.answer import close, tell
+from lora_exp.errors import Problem, UserError
 from lora_exp.sweeps.names import key_of
-from lora_exp.sweeps.supervisor import lost, supervise
+from lora_exp.sweeps.supervisor import supervise
 
 if TYPE_CHECKING:
     from lora_exp.compose import Composer
@@ -130,70 +125,3 @@ def launch_from_hydra() -> Any:
         sweep = "_".join(Path(hydra_config.sweep.dir).parts[1:])
         return Launch(folder, choices, sweep, f"{choices['recipe']}-{choices['model']} {folder.name}")
     return Launch(folder, choices, None, f"{choices['recipe']}-{choices['model']} {'_'.join(folder.parts[-2:])}")
-
-
-class Failures:
-    """The trials of this process that failed: told as it happens, counted in the exit status."""
-
-    def __init__(self) -> None:
-        self.user_errors = 0
-        self.bugs = 0
-        self.told = False
-
-    def guard(self, job: Callable[[], float | None], folder: Path, stop_at_first: bool) -> float | None:
-        """Run one job and return its objective; a trial that fails spares the others of its multirun.
-
-        Args:
-            job: What runs it.
-            folder: Its folder.
-            stop_at_first: Whether a failure ends the multirun.
-        """
-        begun = time.time()
-        try:
-            if folder.resolve() in lost:
-                raise UserError(f"{lost[folder.resolve()]}; the same command again goes on with it")
-            return job()
-        except UserError as error:
-            self.user_errors += 1
-            print_user_error(UserError(f"{folder.name}: {error.title}", error.problems) if self._multirun() else error)
-        except Exception:
-            if not self._multirun():
-                raise
-            self.bugs += 1
-            print(f"error: {folder.name} failed with", file=sys.stderr)  # noqa: T201
-            traceback.print_exc()
-        finally:
-            if self._multirun() and _written_since(folder / "run.json", begun):
-                tell(folder.parent)
-                self.told = True
-        if stop_at_first or not self._multirun():
-            raise SystemExit(self.status)
-        return None
-
-    @property
-    def status(self) -> int:
-        """The exit status of the process: 2 where users can mend all that failed, 1 for a bug."""
-        return 1 if self.bugs else USER_ERROR_STATUS if self.user_errors else 0
-
-    def conclude(self, sweep: Path | None) -> None:
-        """Tell what a sweep found, and end the process with its status where a trial failed."""
-        if sweep is not None:
-            if not self.told:  # every trial was there already
-                tell(sweep)
-            close(sweep)
-        failed = self.bugs + self.user_errors
-        if failed:
-            sys.stdout.flush()
-            print(f"error: {count(failed, 'trial')} failed; see above", file=sys.stderr)  # noqa: T201
-            raise SystemExit(self.status)
-
-    @staticmethod
-    def _multirun() -> bool:
-        return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
-
-
-def _written_since(file: Path, moment: float) -> bool:
-    return file.is_file() and file.stat().st_mtime >= moment
-
-
-failures = Failures()

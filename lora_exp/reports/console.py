@@ -190,7 +190,7 @@ def leaderboard_table(board: Leaderboard, planned: int = 0, most: int = 20) -> N
     for name in short_names(board.axes).values():
         table.add_column(name, justify="right")
     table.add_column("objective", no_wrap=True)
-    table.add_column("status")
+    table.add_column("status", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     named = any("=" not in point.best.name for point in board.points)  # by something else than its settings
     if named:

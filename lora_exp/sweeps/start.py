@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,9 @@ def start_sweep(composer: Composer, overrides: list[str]) -> SweepPlan:
     configs = compose_all(composer, composer.jobs(plan.overrides, settings))
     _require_effect(plan.axes, configs)
     lengths = same_evaluation_rows(configs, plan.overrides)
-    if lengths:
-        plan = replace(plan, overrides=[*plan.overrides, *lengths])
-        configs = compose_all(composer, composer.jobs(plan.overrides, settings))
+    plan = replace(plan, overrides=[*plan.overrides, *(f"{key}={_value(length)}" for key, length in lengths.items())])
+    for config, (key, length) in product(configs, lengths.items()):
+        OmegaConf.update(config, key, length)
     _take(plan)
     now = Question.of(plan.axes, [_unresolved(config) for config in configs])
     return _ask(plan, now, settings.sweep.get("on_change") == "extend")
@@ -75,15 +76,19 @@ def _require_effect(axes: tuple[str, ...], configs: list[DictConfig]) -> None:
         raise UserError("the sweep cannot be made", problems)
 
 
-def same_evaluation_rows(configs: list[DictConfig], overrides: list[str]) -> list[str]:
-    """Return what has all trials evaluated on the same tokens where their lengths differ: the largest of each."""
+def same_evaluation_rows(configs: list[DictConfig], overrides: list[str]) -> dict[str, int | None]:
+    """Return what has all trials evaluated on the same tokens where their lengths differ: the largest, by key."""
     given = set(map(key_of, overrides))
-    added = []
+    added = dict[str, int | None]()
     for name in ("max_length", "max_prompt_length"):
         key, lengths = f"recipe.eval_{name}", [config.recipe[name] for config in configs]
         if key not in given and len(set(lengths)) > 1:
-            added.append(f"{key}={'null' if None in lengths else max(lengths)}")
+            added[key] = None if None in lengths else max(lengths)
     return added
+
+
+def _value(length: int | None) -> str:
+    return "null" if length is None else str(length)
 
 
 def _unresolved(config: DictConfig) -> dict[str, Any]:
@@ -125,6 +130,8 @@ def _ask(plan: SweepPlan, now: Question, extend: bool) -> SweepPlan:
             added = [f"sweep.variant={quoted(variant(changes))}"]
         now = before.extended_by(now)
         added.append(f"sweep.axes=[{','.join(now.axes)}]")
-    now = replace(now, commands=[*now.commands, sys.argv[1:]], trials=plan.size)
+    # In the order of first asking: a sweep that is often started again keeps one line for it.
+    commands = list(map(list, dict.fromkeys(map(tuple, [*now.commands, sys.argv[1:]]))))
+    now = replace(now, commands=commands, trials=plan.size)
     now.write(plan.folder)
     return replace(plan, overrides=[*plan.overrides, *added], axes=tuple(now.axes))

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 from lora_exp.errors import Problem, UserError
 from lora_exp.run_folder import Status, read_jsonl
+from lora_exp.sweeps.identity import lies_under
 from lora_exp.sweeps.question import Question
 
 Direction = Literal["minimize", "maximize"]
@@ -123,7 +124,7 @@ def read_trials(folders: Path | Sequence[Path], objective: str | None = None) ->
     root = given[0] if len(given) == 1 and given[0] not in found else _parent(found)
     trials = [_read_trial(folder, folder.relative_to(root).as_posix()) for folder in found]
     trials.sort(key=lambda trial: _natural(trial.name))
-    axes = derive_axes(trials)
+    axes = derive_axes(trials, Question.read(root))
     name = objective or _common_objective(trials)
     return [
         replace(trial, axes=of_trial, objective_name=name, direction=direction(name), objective=_value(trial, name))
@@ -190,10 +191,11 @@ def _value(trial: Trial, objective: str) -> float | None:
 # Axes ------------------------------------------------------------------------------------------------
 
 
-def derive_axes(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+def derive_axes(trials: Sequence[Trial], question: Question | None = None) -> list[dict[str, Any]]:
     """Return each trial's values of the settings that differ.
 
-    Where the choice of a group differs (`lora=lora,dora`), it stands for the keys that follow from it.
+    Where the choice of a group differs (`lora=lora,dora`), it stands for the keys that follow from it. A sweep's own
+    axes come first, also before a second trial differs in them, and stand for what the config computes from them.
     """
     known = [trial for trial in trials if trial.config]
     keys = dict.fromkeys(key for trial in known for key in trial.config if key.partition(".")[0] not in NOT_AN_AXIS)
@@ -201,6 +203,11 @@ def derive_axes(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     groups = dict.fromkeys(key.partition(".")[0] for key in differing)
     chosen = [group for group in groups if len({_choice(trial, group) for trial in known} - {None}) > 1]
     axes = chosen + [key for key in differing if not _follows(key, known, chosen)]
+    if question is not None:
+        asked = [axis for axis in question.axes if axis not in NOT_AN_AXIS]
+        chosen = list(dict.fromkeys([*chosen, *(axis for axis in asked if "." not in axis)]))
+        told = (*asked, *question.varied)
+        axes = [*asked, *(key for key in axes if not lies_under(key, told))]
     return [{key: _setting(trial, key, chosen) for key in axes} if trial.config else {} for trial in trials]
 
 

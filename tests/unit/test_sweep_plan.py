@@ -115,6 +115,15 @@ def test_another_question_is_refused_with_what_changed_or_extends_the_sweep() ->
     assert question.common["trainer.max_steps"] == -1
 
 
+def test_a_sweep_that_is_often_started_again_names_its_command_once() -> None:
+    command = ["sweep.name=grid", "recipe=dpo", "recipe.beta=0.1,0.5"]
+    plan(*command)
+    again(*command)
+    question = Question.read(Path("multirun/grid"))
+    assert question is not None
+    assert len(question.commands) == 1
+
+
 def test_a_sweep_in_use_is_refused() -> None:
     plan("sweep.name=grid", "recipe.max_length=128,256")
     assert "another command is running this sweep" in refused("sweep.name=grid", "recipe.max_length=128,256")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lora_exp.errors import UserError
+from lora_exp.sweeps.question import Question
 from lora_exp.sweeps.trials import direction, read_trials, sweep_command
 from tests.sweeps import make_sweep, make_trial
 
@@ -33,6 +34,18 @@ def test_axes_are_the_settings_that_differ(tmp_path: Path) -> None:
     for trial in read_trials(tmp_path):
         assert list(trial.axes) == ["lora.r", "recipe.beta"]
         assert trial.axes["recipe.beta"] == trial.config["recipe.beta"]
+
+
+def test_a_sweeps_own_axes_are_there_from_its_first_trial_and_stand_for_what_follows(tmp_path: Path) -> None:
+    varied = ["recipe.max_length", "recipe.max_prompt_length", "seed"]
+    Question(["recipe.max_length", "seed"], varied, {"lora.r": 8}).write(tmp_path)
+    make_trial(tmp_path / "0", {"recipe.max_length": 128, "recipe.max_prompt_length": 64}, 0.5, seed=1)
+    assert [dict(trial.axes) for trial in read_trials(tmp_path)] == [{"recipe.max_length": 128}]
+    make_trial(tmp_path / "1", {"recipe.max_length": 256, "recipe.max_prompt_length": 128}, 0.5, seed=2)
+    assert [list(trial.axes) for trial in read_trials(tmp_path)] == [["recipe.max_length"]] * 2
+    extended = {"recipe.max_length": 256, "recipe.max_prompt_length": 128, "lora.r": 99}
+    make_trial(tmp_path / "2", extended, 0.5, seed=2)
+    assert [list(trial.axes) for trial in read_trials(tmp_path)] == [["recipe.max_length", "lora.r"]] * 3
 
 
 def test_seeds_folders_and_trackers_make_no_axis(tmp_path: Path) -> None:
