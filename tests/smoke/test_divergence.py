@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_exp.recipes.divergence import ROWS
 from tests.runs import build_trainer
 
 RUN = [
@@ -35,7 +36,7 @@ def test_a_policy_that_has_not_moved_is_at_no_distance(trainer: Any) -> None:
 def test_the_divergence_is_that_of_the_two_distributions(trainer: Any) -> None:
     model = trainer.model.eval()
     sums, tokens = 0.0, 0
-    for row in trainer.eval_dataset.select(range(min(32, len(trainer.eval_dataset)))):
+    for row in trainer.eval_dataset.select(range(min(ROWS, len(trainer.eval_dataset)))):
         ids = torch.tensor([[*row["prompt_ids"], *row["chosen_ids"]]])
         answer = slice(len(row["prompt_ids"]) - 1, -1)
         with torch.no_grad():
