@@ -16,7 +16,7 @@ register_resolvers()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
-def launch(composed: DictConfig) -> float | None:
+def launch(composed: DictConfig) -> float | list[float] | None:
     """Run one job, alone or of a multirun."""
     from lora_exp.run import run
 

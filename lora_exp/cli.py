@@ -11,7 +11,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from lora_exp.errors import Problem, UserError
+from lora_exp.search.pruning import SearchTrial
 from lora_exp.sweeps.names import key_of
+from lora_exp.sweeps.summary_run import group_of
 from lora_exp.sweeps.supervisor import supervise
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def prepare(argv: list[str]) -> tuple[list[str], Path | None]:
     """
     from hydra._internal.utils import get_args_parser
 
+    from lora_exp.search.sweeper import register
     from lora_exp.sweeps.start import start_sweep
 
     arguments, unknown = get_args_parser().parse_known_args(argv)
@@ -45,6 +48,7 @@ def prepare(argv: list[str]) -> tuple[list[str], Path | None]:
         if arguments.cfg:
             composer.compose(overrides, check_values=False)
         elif arguments.multirun:
+            register()
             plan = start_sweep(composer, overrides)
             overrides, sweep = plan.overrides, plan.folder
             supervise(sweep)
@@ -122,6 +126,7 @@ def launch_from_hydra() -> Any:
         folder = folder.relative_to(Path.cwd())
     choices = {group: option for group, option in hydra_config.runtime.choices.items() if "/" not in group}
     if hydra_config.mode == RunMode.MULTIRUN:
-        sweep = "_".join(Path(hydra_config.sweep.dir).parts[1:])
-        return Launch(folder, choices, sweep, f"{choices['recipe']}-{choices['model']} {folder.name}")
+        sweep = group_of(Path(hydra_config.sweep.dir))
+        trial = SearchTrial.of(hydra_config.sweeper, hydra_config.job.num)
+        return Launch(folder, choices, sweep, f"{choices['recipe']}-{choices['model']} {folder.name}", trial)
     return Launch(folder, choices, None, f"{choices['recipe']}-{choices['model']} {'_'.join(folder.parts[-2:])}")

@@ -29,7 +29,7 @@ from lora_exp.validation import check, library_class_of, option_keys, options_wi
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for overrides that do not fit; ValueError for `quant=8`, an option that is no string."""
 
-SWEEP_KEYS = ("hydra", "sweep", "seed", "experiment", "hydra/sweeper", "hydra/launcher")
+SWEEP_KEYS = ("hydra", "sweep", "seed", "experiment")
 """What may say something of a multirun as a whole."""
 
 
@@ -91,7 +91,7 @@ class Composer:
         own = [
             str(each.input_line)
             for each in parsed_where_possible(overrides)
-            if each.key_or_group.partition(".")[0] in SWEEP_KEYS and not each.is_sweep_override()
+            if each.key_or_group.split(".")[0].split("/")[0] in SWEEP_KEYS and not each.is_sweep_override()
         ]
         try:
             composed = compose(self.config_name, [*self.extra, *own], return_hydra_config=True)
@@ -113,8 +113,9 @@ class Composer:
         own = [each for each in overrides if each.startswith("hydra")]
         hydra_config = compose(self.config_name, [*self.extra, *own], return_hydra_config=True).hydra
         if hydra_config.sweeper._target_.endswith("BasicSweeper"):
-            what = "Hydra's basic sweeper takes values, not a range to draw from"
-            problems = [Problem(each.key_or_group, what, f"{each.key_or_group}=0.1,0.3,1.0") for each in drawn]
+            what = "a grid takes values, not a range to draw from"
+            mend = "add hydra/sweeper=optuna, or give values: {}=0.1,0.3,1.0"
+            problems = [Problem(each.key_or_group, what, mend.format(each.key_or_group)) for each in drawn]
             raise UserError("the sweep cannot be made", problems)
 
     def compose(self, overrides: list[str], check_values: bool) -> DictConfig:

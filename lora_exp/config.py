@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
@@ -328,6 +328,9 @@ class SweepConfig(Section):
     confirm: bool
 
 
+Way = Literal["minimize", "maximize"]
+
+
 class Config(Section):
     """One whole run, as composed. `recipe`, `engine` and `tracker` are the classes that their YAML files name."""
 
@@ -343,7 +346,8 @@ class Config(Section):
     sweep: SweepConfig
     samples: SamplesConfig
     seed: int = Field(ge=0)
-    objective: str | None
+    objective: str | Annotated[list[str], Field(min_length=1)] | None
+    direction: Way | list[Way] | None
     output_dir: str
     resume: str | None
 
@@ -362,8 +366,25 @@ class Config(Section):
         ),
         Rule(
             ("objective", *EVAL_SOURCES),
-            lambda objective, *sources: (objective or "").startswith("eval_") and _trains_only(*sources),
+            lambda objective, *sources: "eval_" in str(objective) and _trains_only(*sources),
             "{0} is a number of an evaluation, but there is no evaluation data",
             "name some with data.val_file=...",
         ),
+        Rule(
+            ("direction", "objective"),
+            lambda direction, objective: direction is not None and _length(direction) != _length(objective),
+            "{0} is not one for each objective",
+            "give as many directions as objectives, or leave them out: they are known from the names",
+        ),
     )
+
+    @property
+    def objectives(self) -> list[str]:
+        """What trials are compared by; the first one ranks them."""
+        if self.objective is None:
+            return [self.recipe.objective]
+        return [self.objective] if isinstance(self.objective, str) else self.objective
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list) else 1

@@ -46,6 +46,14 @@ class UserError(Exception):
         return "\n".join([self.title, *(f"  {problem}".replace("\n", "\n  ") for problem in self.problems)])
 
 
+class Pruned(Exception):  # noqa: N818 - no error: a trial of a search ends early because it falls behind
+    """Raised in a run to end it.
+
+    Args:
+        reason: Where it was and what it had found.
+    """
+
+
 def print_user_error(error: UserError) -> None:
     """Write the error to stderr, plain, so that `file:line: reason` stays whole at any terminal width."""
     sys.stdout.flush()

@@ -14,6 +14,7 @@ from lora_exp.config import Config
 from lora_exp.data.load import Split, load_splits
 from lora_exp.data.tokenize import TokenizedData, tokenize_splits
 from lora_exp.engine.store import ReferenceStore, default_path
+from lora_exp.errors import Pruned
 from lora_exp.machine import (
     device_facts,
     isolated_job,
@@ -31,6 +32,7 @@ from lora_exp.rules import flatten
 from lora_exp.run_folder import RunFolder, read_jsonl
 from lora_exp.sweeps.earlier import earlier_trial
 from lora_exp.sweeps.identity import identity_of
+from lora_exp.sweeps.trials import directions_of
 from lora_exp.tracking.base import Ending, Guarded, RunInfo
 from lora_exp.training.checkpoints import checkpoint_to_resume
 from lora_exp.validation import validate
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from lora_exp.engine.base import Engine, Work
     from lora_exp.engine.identity import Identity
     from lora_exp.models.policy import Policy
+    from lora_exp.search.pruning import SearchTrial
     from lora_exp.tracking.base import ActiveRun
 
 
@@ -51,12 +54,14 @@ class Launch:
         choices: The option taken from each config group, for the header.
         sweep: The name of the multirun that it is a job of.
         name: What it is called at a tracker.
+        trial: Which trial of a search it is.
     """
 
     folder: Path
     choices: Mapping[str, str] = field(default_factory=dict)
     sweep: str | None = None
     name: str = ""
+    trial: SearchTrial | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,12 @@ class Prepared:
     identity: Identity | None
 
 
-def run(composed: DictConfig, launch: Launch) -> float | None:
+def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
     """Train what the config says.
 
     Returns:
-        The objective, for the sweeper; None where there is no evaluation data.
+        The objective, for the sweeper, or all where the config names several; None where there is no evaluation
+        data, and for a trial that was pruned.
 
     Raises:
         UserError: What the user can mend: config, data, model, folder.
@@ -92,9 +98,10 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     resolved: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     identity = identity_of(resolved)
     before = earlier_trial(launch.folder, identity) if launch.sweep else None
-    if before is not None and before.status == "finished":
-        console.say("finished", f"{launch.folder} holds this trial already")
-        return before.objective
+    # What a search has pruned a grid runs to its end.
+    if before is not None and (before.status == "finished" or (before.status == "pruned" and launch.trial)):
+        console.say(before.status, f"{launch.folder} holds this trial already")
+        return _returned(before.objectives)
     # Looked up before the folder is claimed: a wrong folder name must not mark a finished run as failed.
     checkpoint = before.checkpoint if before else checkpoint_to_resume(config.resume, resolved)
     start = adapter_dir(config.model)
@@ -105,7 +112,11 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     try:
         facts = {"identity": identity, **_facts(config, launch)}
         with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed, **facts):
-            objective = _run(config, folder, launch, info, checkpoint, start)
+            objectives = _run(config, folder, launch, info, checkpoint, start)
+    except Pruned as reason:
+        write_page(folder.path)
+        console.say("pruned", str(reason))
+        return None
     except Exception:
         if (folder.path / "metrics.jsonl").exists():
             write_page(folder.path)
@@ -113,7 +124,11 @@ def run(composed: DictConfig, launch: Launch) -> float | None:
     finally:
         _check_base()
     show_result(folder.path, table=launch.sweep is None)
-    return objective
+    return _returned(objectives)
+
+
+def _returned(objectives: list[float] | None) -> float | list[float] | None:
+    return objectives[0] if objectives and len(objectives) == 1 else objectives
 
 
 def _axes(resolved: dict[str, Any], launch: Launch) -> dict[str, Any]:
@@ -133,7 +148,7 @@ def _check_base() -> None:
 
 def _run(
     config: Config, folder: RunFolder, launch: Launch, info: RunInfo, checkpoint: Path | None, start: Path | None
-) -> float | None:
+) -> list[float] | None:
     quiet_libraries()
     console.header(_header(config, launch))
     if _keeps_reference(config, config.engine):
@@ -159,18 +174,26 @@ def _run(
     ending: Ending = "failed"
     try:
         trainer = build_trainer(config, folder, prepared, tracker)
+        if launch.trial is not None:
+            from lora_exp.training.loop import report_to
+
+            report_to(launch.trial, trainer, config.objectives[0])
         final = _train(config, folder, prepared, trainer, checkpoint)
-        objective = _objective(config, final)
-        folder.note(objective=objective, peak_memory_bytes=peak_memory_bytes(policy.device))
+        found = _objectives(config, final)
+        objective = next(iter(found.values()), None)
+        folder.note(objective=objective, objectives=found, peak_memory_bytes=peak_memory_bytes(policy.device))
         tracker.summarize({**final, "objective": objective})
-        tracker.samples(read_jsonl(folder.path / "samples.jsonl"))
+        tracker.table("samples", read_jsonl(folder.path / "samples.jsonl"))
         tracker.adapter(folder.adapter)
         ending = "finished"
+    except Pruned:
+        ending = "pruned"
+        raise
     finally:
         tracker.finish(ending)
     if tracker.failure and not failed_to_start:
         console.note(tracker.failure)
-    return objective
+    return list(found.values()) or None
 
 
 def _facts(config: Config, launch: Launch) -> dict[str, Any]:
@@ -178,7 +201,8 @@ def _facts(config: Config, launch: Launch) -> dict[str, Any]:
     return {
         "recipe": config.recipe.name,
         "model": config.model.pretrained_model_name_or_path,
-        "objective_name": config.objective or config.recipe.objective,
+        "objective_name": config.objectives[0],
+        "direction": directions_of(config.objectives, config.direction)[0],
         "headline": config.recipe.headline,
         "choices": dict(launch.choices),
     }
@@ -327,9 +351,10 @@ def _train(
     return final
 
 
-def _objective(config: Config, final: Mapping[str, float]) -> float | None:
-    name = config.objective or config.recipe.objective
-    if name not in final:
-        console.note(f"no objective: {name} is not among the final metrics ({', '.join(sorted(final))})")
-        return None
-    return final[name]
+def _objectives(config: Config, final: Mapping[str, float]) -> dict[str, float]:
+    """Return what the trial is compared by; nothing where a part of it is missing."""
+    missing = [name for name in config.objectives if name not in final]
+    if missing:
+        console.note(f"no objective: {', '.join(missing)} is not among the final metrics ({', '.join(sorted(final))})")
+        return {}
+    return {name: final[name] for name in config.objectives}

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_exp.errors import Problem, UserError
+from lora_exp.errors import Problem, Pruned, UserError
 
 Status = Literal["running", "finished", "failed", "pruned"]
 PACKAGES = (
@@ -93,8 +93,8 @@ def git_state() -> dict[str, Any] | None:
 class RunFolder:
     """One run's folder and its `run.json`.
 
-    Use as a context: the status is `running` inside, `finished` after, and `failed`, with the error, where the
-    block raises.
+    Use as a context: the status is `running` inside, `finished` after, `pruned` where the block raises that, and
+    `failed`, with the error, where it raises anything else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -137,6 +137,9 @@ class RunFolder:
         )
         try:
             yield self
+        except Pruned as reason:
+            self.note(status="pruned", pruned=str(reason), ended=_now())
+            raise
         except BaseException as error:
             self.note(status="failed", error=f"{type(error).__name__}: {error}", ended=_now())
             raise

@@ -89,12 +89,16 @@ def _without_echoes(problems: list[Problem], composed: DictConfig) -> list[Probl
 
 def _unknown_objective(objective: Any, recipe: Any) -> list[Problem]:
     """Check that the recipe logs what is to be compared."""
-    if not isinstance(objective, str) or recipe is None or objective in recipe.final_metrics():
-        return []
-    names = sorted(recipe.final_metrics())
-    near = nearest(objective, names)
-    mend = f"did you mean objective={near}?" if near else f"choose one of {', '.join(names)}"
-    return [Problem("objective", f"recipe={recipe.name} never logs {objective}", mend)]
+    given = objective if isinstance(objective, list) else [objective]
+    problems = []
+    for name in given:
+        if not isinstance(name, str) or recipe is None or name in recipe.final_metrics():
+            continue
+        names = sorted(recipe.final_metrics())
+        near = nearest(name, names)
+        mend = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}"
+        problems.append(Problem("objective", f"recipe={recipe.name} never logs {name}", mend))
+    return problems
 
 
 def without_effect(composed: DictConfig, axes: Sequence[str]) -> list[Problem]:

@@ -8,6 +8,7 @@ from lora_exp.reports.console import leaderboard_table, say
 from lora_exp.reports.page import PAGE
 from lora_exp.reports.sweep_page import write_sweep
 from lora_exp.sweeps.question import Question
+from lora_exp.sweeps.summary_run import log_leaderboard
 
 
 def tell(folder: Path) -> None:
@@ -16,9 +17,17 @@ def tell(folder: Path) -> None:
     leaderboard_table(write_sweep(folder), question.trials if question else 0)
 
 
-def close(folder: Path) -> None:
-    """Say where the answer lies, once no trial is left to run."""
-    best = write_sweep(folder).best
+def close(folder: Path, news: bool) -> None:
+    """Say where the answer lies, once no trial is left to run.
+
+    Args:
+        folder: The sweep's.
+        news: Whether this command ran any trial; only then the tracker is told.
+    """
+    board = write_sweep(folder)
+    if news:
+        log_leaderboard(folder, board)
+    best = board.best
     if best is not None:
         say("adapter", str(best.best.folder / "adapter"))
     say("report", f"{folder / PAGE}, and leaderboard.csv, leaderboard.json")

@@ -17,17 +17,21 @@ class EarlierTrial:
 
     Args:
         status: `finished`, `pruned`, `failed`, or `running` where it was killed.
-        objective: What it found, where it finished.
+        objectives: What it found, where it finished; the first one ranks it.
         checkpoint: Where it can go on from; None: from the beginning.
     """
 
     status: str
-    objective: float | None
+    objectives: list[float] | None
     checkpoint: Path | None
 
 
-def earlier_trial(folder: Path, identity: str) -> EarlierTrial | None:
+def earlier_trial(folder: Path, identity: str | None = None) -> EarlierTrial | None:
     """Return what a trial's folder holds; None where no trial was started in it.
+
+    Args:
+        folder: The trial's.
+        identity: What it has to be a trial of, where that matters.
 
     Raises:
         UserError: If it holds a trial of another config.
@@ -36,14 +40,17 @@ def earlier_trial(folder: Path, identity: str) -> EarlierTrial | None:
     if not run_json.is_file():
         return None
     facts = _facts(run_json)
-    if facts.get("identity", identity) != identity:
+    if identity is not None and facts.get("identity", identity) != identity:
         what = "holds a trial of another config"
         raise UserError(
             "the trial cannot start",
             [Problem(str(folder), what, "use another sweep.name=..., or move the folder away")],
         )
     checkpoint = newest_checkpoint(folder / "checkpoints")
-    return EarlierTrial(str(facts.get("status", "running")), facts.get("objective"), checkpoint)
+    found = facts.get("objectives") or {}
+    whole = all(value is not None for value in found.values())  # null in JSON: it was no number
+    objectives = list(found.values()) if found and whole else None
+    return EarlierTrial(str(facts.get("status", "running")), objectives, checkpoint)
 
 
 def _facts(run_json: Path) -> dict[str, Any]:

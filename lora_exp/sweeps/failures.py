@@ -24,7 +24,9 @@ class Failures:
         self.bugs = 0
         self.told = False
 
-    def guard(self, job: Callable[[], float | None], folder: Path, stop_at_first: bool) -> float | None:
+    def guard(
+        self, job: Callable[[], float | list[float] | None], folder: Path, stop_at_first: bool
+    ) -> float | list[float] | None:
         """Run one job and return its objective; a trial that fails spares the others of its multirun.
 
         Args:
@@ -64,7 +66,7 @@ class Failures:
         if sweep is not None:
             if not self.told:  # every trial was there already
                 tell(sweep)
-            close(sweep)
+            close(sweep, news=self.told)
         failed = self.bugs + self.user_errors
         if failed:
             sys.stdout.flush()

@@ -10,6 +10,7 @@ from typing import Any
 from lora_exp.rules import flatten
 
 WITHOUT_EFFECT = (
+    "direction",
     "hydra",
     "output_dir",
     "resume",

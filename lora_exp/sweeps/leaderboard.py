@@ -240,32 +240,40 @@ def write_leaderboard(folder: Path, trials: Sequence[Trial]) -> Leaderboard:
 
 
 def to_csv(board: Leaderboard) -> str:
+    """Return the rows as CSV; a sweep that was killed and started again ends in the same file."""
+    file = io.StringIO()
+    rows = as_rows(board)
+    writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def as_rows(board: Leaderboard) -> list[dict[str, Any]]:
     """Return a row a point: the settings, the objective with its interval, then every final metric's mean.
 
-    Nothing that a clock says is in it: a sweep that was killed and started again ends in the same file.
+    Nothing that a clock says is in it.
     """
     metrics = [
         name for name in dict.fromkeys(name for trial in board.trials for name in trial.metrics) if not _timed(name)
     ]
-    facts = ["low", "high", "runs", "finished", "status", "best_run"]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["rank", *board.axes, f"objective:{board.objective_name}", *facts, *metrics])
-    for point in board.points:
-        value = point.objective
-        writer.writerow(
-            [
-                point.rank,
-                *(point.axes.get(key) for key in board.axes),
-                *((value.mean, value.low, value.high) if value else (None, None, None)),
-                len(point.trials),
-                len(point.results),
-                point.status,
-                point.best.name,
-                *(found.mean if (found := point.metric(name)) else None for name in metrics),
-            ]
-        )
-    return file.getvalue()
+    return [_row(point, board, metrics) for point in board.points]
+
+
+def _row(point: Point, board: Leaderboard, metrics: Sequence[str]) -> dict[str, Any]:
+    value = point.objective
+    return {
+        "rank": point.rank,
+        **{key: point.axes.get(key) for key in board.axes},
+        f"objective:{board.objective_name}": value.mean if value else None,
+        "low": value.low if value else None,
+        "high": value.high if value else None,
+        "runs": len(point.trials),
+        "finished": len(point.results),
+        "status": point.status,
+        "best_run": point.best.name,
+        **{name: found.mean if (found := point.metric(name)) else None for name in metrics},
+    }
 
 
 def as_json(board: Leaderboard) -> dict[str, Any]:

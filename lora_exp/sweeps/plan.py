@@ -25,7 +25,7 @@ class SweepSettings:
     Args:
         sweep: The group `sweep`.
         params: `hydra.sweeper.params`: axes that the config names.
-        n_trials: Trials that a sweeper draws; None: it runs a grid.
+        n_trials: Trials that a sweeper draws; None: it runs a grid. As the config has it.
         seed: The first seed.
         folder: `hydra.sweep.dir`.
         dated: Whether that is a date and a time that nobody chose.
@@ -33,7 +33,7 @@ class SweepSettings:
 
     sweep: Mapping[str, Any]
     params: Mapping[str, str]
-    n_trials: int | None
+    n_trials: Any
     seed: int
     folder: str
     dated: bool
@@ -73,6 +73,11 @@ def plan_sweep(overrides: list[str], settings: SweepSettings) -> SweepPlan:
         problems.append(Problem("sweep.seeds", "repeats the points of a grid; a search draws its own", "leave it out"))
     elif seeds:
         added.append("seed=" + ",".join(str(settings.seed + number) for number in range(seeds)))
+    if settings.n_trials is not None and not (isinstance(settings.n_trials, int) and settings.n_trials > 0):
+        problems.append(Problem("hydra.sweeper.n_trials", f"should be 1 or more, not {settings.n_trials!r}"))
+    if settings.n_trials is not None and not axes:
+        mend = "recipe.learning_rate='tag(log,interval(1e-5,1e-3))'"
+        problems.append(Problem("hydra.sweeper", "there is nothing to search: no key has a range or a choice", mend))
     if problems:
         raise UserError("the sweep cannot be made", problems)
     names = [*axes, *(["seed"] if seeds else [])]
@@ -106,6 +111,9 @@ def _empty(axis: Override) -> Problem | None:
         if value.start > value.end:
             what = f"interval({value.start:g}, {value.end:g}) runs from high to low"
             return Problem(axis.key_or_group, what, f"{axis.key_or_group}=interval({value.end:g},{value.start:g})")
+        if "log" in value.tags and value.start <= 0:
+            what = f"a logarithmic scale has no {value.start:g}"
+            return Problem(axis.key_or_group, what, "begin the interval above 0, or leave tag(log, ...) out")
         return None
     if axis.is_discrete_sweep() and not list(axis.sweep_string_iterator()):
         what = f"{str(axis.input_line).partition('=')[2]} holds no value"

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -13,6 +14,9 @@ from lora_exp.run_folder import to_json, write_whole
 
 FORWARDED = ("SIGTERM", "SIGUSR1", "SIGHUP")
 """Signals that mean the work, sent to the process that was started."""
+
+began = time.time()
+"""When this command was started; a worker inherits it."""
 
 lost: dict[Path, str] = {}
 """Trials whose process was killed since this command was started, and how; they are not tried again."""

@@ -27,6 +27,13 @@ NOT_AN_AXIS = frozenset({"hydra", "objective", "output_dir", "resume", "seed", "
 NO_RUN_JSON = "no run.json: it was stopped before it began, or has not begun yet"
 
 
+def directions_of(objective: str | Sequence[str], given: Direction | Sequence[Direction] | None) -> list[Direction]:
+    """Return whether less or more is better of each objective: as given, or as its name tells."""
+    names = [objective] if isinstance(objective, str) else objective
+    ways = [given] if isinstance(given, str) else given
+    return [direction(name) for name in names] if ways is None else [cast("Direction", str(way)) for way in ways]
+
+
 def direction(objective: str) -> Direction:
     """Return whether less or more of a metric is better, as far as its name tells."""
     name = objective.lower()
@@ -126,8 +133,9 @@ def read_trials(folders: Path | Sequence[Path], objective: str | None = None) ->
     trials.sort(key=lambda trial: _natural(trial.name))
     axes = derive_axes(trials, Question.read(root))
     name = objective or _common_objective(trials)
+    way = _common_direction(trials, name)
     return [
-        replace(trial, axes=of_trial, objective_name=name, direction=direction(name), objective=_value(trial, name))
+        replace(trial, axes=of_trial, objective_name=name, direction=way, objective=_value(trial, name))
         for trial, of_trial in zip(trials, axes, strict=True)
     ]
 
@@ -164,9 +172,7 @@ def _read_trial(folder: Path, name: str) -> Trial:
         axes={},
         seed=seed if isinstance(seed, int) else None,
         objective=None,
-        objective_name=str(
-            run.get("objective_name") or config.get("objective") or config.get("recipe.objective") or ""
-        ),
+        objective_name=_objective_name(run, config),
         direction="minimize",
         metrics=_json(folder / "metrics.json"),
         error=run.get("error") or (None if run else NO_RUN_JSON),
@@ -177,9 +183,21 @@ def _read_trial(folder: Path, name: str) -> Trial:
     )
 
 
+def _objective_name(run: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Return what a run is ranked by, the first of several; one that ended early has it in its config alone."""
+    named = run.get("objective_name") or config.get("objective") or config.get("recipe.objective") or ""
+    return str(named[0] if isinstance(named, list) else named)
+
+
 def _common_objective(trials: Sequence[Trial]) -> str:
     names = Counter(trial.objective_name for trial in trials if trial.objective_name)
     return names.most_common(1)[0][0] if names else ""
+
+
+def _common_direction(trials: Sequence[Trial], objective: str) -> Direction:
+    """Return the direction that a run was given for an objective, or the one that the name tells."""
+    given = (trial.run.get("direction") for trial in trials if trial.objective_name == objective)
+    return next((way for way in given if way in ("minimize", "maximize")), direction(objective))
 
 
 def _value(trial: Trial, objective: str) -> float | None:

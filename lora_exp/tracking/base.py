@@ -54,8 +54,8 @@ class ActiveRun(ABC):
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Record the final numbers."""
 
-    def samples(self, rows: Sequence[Mapping[str, str]]) -> None:  # noqa: B027 - not every tracker has tables
-        """Record the answers before and after, a row a prompt."""
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027 - not every tracker has tables
+        """Record a table; every row has the same columns."""
 
     def adapter(self, folder: Path) -> None:  # noqa: B027 - not every tracker keeps files
         """Record the trained adapter."""
@@ -110,10 +110,10 @@ class Guarded(ActiveRun):
         if self.run is not None:
             self._attempt(self.run.summarize, summary)
 
-    def samples(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Record the answers, if the tracker still works."""
-        if self.run is not None:
-            self._attempt(self.run.samples, rows)
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record a table, if the tracker still works."""
+        if self.run is not None and rows:
+            self._attempt(self.run.table, name, rows)
 
     def adapter(self, folder: Path) -> None:
         """Record the adapter, if the tracker still works."""

@@ -31,13 +31,12 @@ class WandbRun(ActiveRun):
         """Write to the run's summary."""
         self.run.summary.update(dict(summary))
 
-    def samples(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Log the table `samples`."""
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log a table."""
         from wandb import Table
 
-        if rows:
-            columns = list(rows[0])
-            self.run.log({"samples": Table(columns, [[row[column] for column in columns] for row in rows])})
+        columns = list(rows[0])
+        self.run.log({name: Table(columns, [[row[column] for column in columns] for row in rows])})
 
     def adapter(self, folder: Path) -> None:
         """Log the artifact `adapter-<run>`, where `tracker.log_adapter` asks for it."""

@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_exp.errors import Pruned
 from lora_exp.reports.console import TrainingDisplay
 from lora_exp.run_folder import to_json, write_whole
+from lora_exp.search.pruning import SearchTrial
 from lora_exp.tracking.base import ActiveRun
 
 
@@ -56,6 +58,26 @@ class TrackerFeed(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Hand on the numbers."""
         self.run.log({key: value for key, value in logs.items() if isinstance(value, int | float)}, state.global_step)
+
+
+class Pruning(TrainerCallback):  # type: ignore[misc]
+    """Reports the objective of every evaluation to the search, which may end the run.
+
+    Args:
+        trial: The run's trial.
+        objective: The metric, as it is logged.
+    """
+
+    def __init__(self, trial: SearchTrial, objective: str) -> None:
+        self.trial = trial
+        self.objective = objective
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raise `Pruned` where the trial falls behind."""
+        values = [logs[self.objective] for logs in state.log_history if self.objective in logs]
+        if values and self.trial.falls_behind(values[-1], len(values) - 1):
+            where = f"step {state.global_step} of {state.max_steps}"
+            raise Pruned(f"{self.objective} {values[-1]:.4g} at {where} falls behind the other trials")
 
 
 class Display(TrainerCallback):  # type: ignore[misc]

@@ -12,9 +12,10 @@ from lora_exp.errors import Problem, UserError
 from lora_exp.reports import console
 from lora_exp.reports.console import TrainingDisplay
 from lora_exp.run_folder import RunFolder
+from lora_exp.search.pruning import SearchTrial
 from lora_exp.tracking.base import ActiveRun
 from lora_exp.training.arguments import training_arguments
-from lora_exp.training.callbacks import Display, MetricsFile, TrackerFeed
+from lora_exp.training.callbacks import Display, MetricsFile, Pruning, TrackerFeed
 
 if TYPE_CHECKING:
     from lora_exp.data.tokenize import TokenizedData
@@ -71,8 +72,18 @@ def _is_ours(error: Exception) -> bool:
 
 def train(trainer: Any, checkpoint: Path | None) -> dict[str, float]:
     """Train, from a checkpoint where one is given, and return Trainer's summary."""
-    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:  # Trainer tells its callbacks of an end only where it ends well
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Display):
+                callback.display.stop()
     return dict(output.metrics)
+
+
+def report_to(trial: SearchTrial, trainer: Any, objective: str) -> None:
+    """Have a search told of every evaluation, after everyone else; it may end the run (`Pruned`)."""
+    trainer.add_callback(Pruning(trial, objective))
 
 
 def evaluate(trainer: Any, has_eval_data: bool) -> dict[str, float]:

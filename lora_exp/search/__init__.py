@@ -1,0 +1,1 @@
+"""Searches: Optuna draws the trials of a sweep, and ends those that fall behind."""
