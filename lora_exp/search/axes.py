@@ -74,8 +74,8 @@ def _logarithmic(sweep: Sweep) -> bool:
 
 def _plain(written: str) -> Any:
     """Return a value of a choice as Optuna keeps it: a number or a truth value, or else as it is written."""
-    if written in ("true", "false"):
-        return written == "true"
+    if written.lower() in ("true", "false"):
+        return written.lower() == "true"
     for kind in (int, float):
         try:
             return kind(written)
