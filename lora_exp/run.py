@@ -327,7 +327,7 @@ def _train(
     """Train, evaluate and save; return the final numbers."""
     from lora_exp.models.policy import save_adapter
     from lora_exp.training.loop import evaluate, train
-    from lora_exp.training.samples import answer, fixed_prompts
+    from lora_exp.training.samples import answer, fixed_prompts, length_metrics
 
     data, policy = prepared.data, prepared.policy
     prompts = fixed_prompts(data, config.recipe.row_kind.answers[0], config.samples.num_prompts)
@@ -339,6 +339,7 @@ def _train(
     with folder.stage("evaluate"):
         final |= evaluate(trainer, "val" in data.datasets)
         after = answer(policy.model, data.tokenizer, prompts, length)
+        final |= length_metrics(data.tokenizer, after)
     with folder.stage("save"):
         save_adapter(policy, data.tokenizer, folder.adapter)
         folder.write_json("metrics.json", final)

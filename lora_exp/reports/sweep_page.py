@@ -29,6 +29,14 @@ from lora_exp.sweeps.trials import Trial, read_trials, sweep_command
 
 MOST_ROWS = 50
 """Rows of a table in the page; `leaderboard.csv` has all."""
+SCALE_FREE = {
+    "eval_rewards/accuracies": "reward accuracy",
+    "eval_kl/chosen": "KL to the reference per token",
+    "eval_logp_shift/chosen": "log-prob shift, chosen",
+    "eval_logp_shift/rejected": "log-prob shift, rejected",
+    "completions/mean_length": "tokens of an answer",
+}
+"""What DPO runs of different beta are compared by: loss, rewards and margins are multiples of beta."""
 SAMPLE_COLUMNS = 3
 """Points whose answers stand side by side."""
 
@@ -85,6 +93,7 @@ def sweep_facts(board: Leaderboard, name: str, beside: Path) -> dict[str, Any]:
         "columns": list(short_names(board.axes).values()),
         "rows": [_row(point, board, beside) for point in board.points[:MOST_ROWS]],
         "left_out": max(0, len(board.points) - MOST_ROWS),
+        "scale_free": scale_free(board),
         "sections": sections,
         "figures": [{"data": figure.data, "layout": figure.layout} for figure in drawn],
         "missing": frontier if isinstance(frontier, str) else "",
@@ -209,6 +218,23 @@ def _row(point: Point, board: Leaderboard, beside: Path) -> dict[str, Any]:
         "time": duration(point.seconds) if point.seconds else "",
         "memory": memory(point.peak_memory_bytes) if point.peak_memory_bytes else "",
         "links": [(_short_name(trial), _link(trial, beside)) for trial in point.trials],
+    }
+
+
+def scale_free(board: Leaderboard) -> dict[str, Any]:
+    """Return the table of what does not scale with beta; nothing where no run logged a KL."""
+    points = [point for point in board.points if point.objective][:MOST_ROWS]
+    names = [name for name in SCALE_FREE if any(point.metric(name) for point in points)]
+    if "eval_kl/chosen" not in names:
+        return {}
+    values = [[point.metric(name) for name in names] for point in points]
+    return {
+        "columns": [*short_names(board.axes).values(), *(SCALE_FREE[name] for name in names)],
+        "rows": [
+            [str(point.rank), *(setting(point.axes[key]) if key in point.axes else "" for key in board.axes)]
+            + [with_interval(value) if value else "" for value in of_point]
+            for point, of_point in zip(points, values, strict=True)
+        ],
     }
 
 

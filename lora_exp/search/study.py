@@ -157,7 +157,7 @@ def _open(storage: str, name: str, directions: Sequence[Direction], pruner: Any)
             storage=storage, study_name=name, directions=list(directions), pruner=pruner, load_if_exists=True
         )
     except Exception as error:
-        problem = Problem("hydra.sweeper.storage", f"{storage} cannot be opened: {_first_line(error)}")
+        problem = Problem("hydra.sweeper.storage", f"{storage} cannot be opened: {_in_a_line(error)}")
         raise UserError("the search cannot start", [problem]) from error
     before = [each.name.lower() for each in study.directions]
     if before != list(directions):
@@ -176,7 +176,7 @@ def _make(key: str, config: Mapping[str, Any]) -> Any:
         return instantiate(config)
     except Exception as error:
         cause = error.__cause__ or error
-        raise UserError("the search cannot start", [Problem(key, _first_line(cause))]) from error
+        raise UserError("the search cannot start", [Problem(key, _in_a_line(cause))]) from error
 
 
 def _require_same_axes(study: optuna.Study, axes: Mapping[str, Axis]) -> None:
@@ -189,7 +189,7 @@ def _require_same_axes(study: optuna.Study, axes: Mapping[str, Axis]) -> None:
             except KeyError:
                 problems.append(Problem(key, "was varied by this study and is not any more", "use another sweep.name"))
             except ValueError as error:
-                problems.append(Problem(key, _first_line(error), "use another sweep.name"))
+                problems.append(Problem(key, _in_a_line(error), "use another sweep.name"))
     if problems:
         raise UserError("the search cannot go on as something else", problems)
 
@@ -206,5 +206,5 @@ def _suggest(trial: optuna.Trial, key: str, axis: Axis) -> None:
         trial.suggest_float(key, drawn.low, drawn.high, step=drawn.step, log=drawn.log)
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -68,8 +68,12 @@ class Point:
 
     @property
     def status(self) -> str:
-        """The one trial's status, or how many are what: `3 finished, 1 failed`."""
-        return states(self.trials) if len(self.trials) > 1 else self.trials[0].status
+        """The one trial's status, with its progress while it runs, or how many are what: `3 finished, 1 failed`."""
+        if len(self.trials) > 1:
+            return states(self.trials)
+        (trial,) = self.trials
+        progress = trial.progress if trial.status == "running" else None
+        return trial.status if progress is None else f"{trial.status}, {progress:.0%}"
 
     def metric(self, name: str) -> Interval | None:
         """Return the mean of a final metric over the trials that count."""

@@ -87,6 +87,16 @@ class Trial:
         """The lines of `metrics.jsonl`; read when first asked for, as a table needs none of them."""
         return _jsonl(self.folder / "metrics.jsonl")
 
+    @property
+    def progress(self) -> float | None:
+        """The share of the training that is logged; None before the first step, or where the config does not tell."""
+        last = self.steps[-1] if self.steps else {}
+        for done, whole in (("step", "trainer.max_steps"), ("epoch", "trainer.num_train_epochs")):
+            total = self.config.get(whole)
+            if isinstance(total, int | float) and total > 0 and done in last:
+                return min(float(last[done]) / total, 1.0)
+        return None
+
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """The lines of `samples.jsonl`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,3 +58,9 @@ def answer(model: Any, tokenizer: Any, prompts: list[Prompt], max_new_tokens: in
         model.train(was_training)
     answers = output[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def length_metrics(tokenizer: Any, answers: list[str]) -> dict[str, float]:
+    """Return the mean number of tokens of the answers, under the name that TRL's GRPO gives it; nothing of none."""
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers]
+    return {"completions/mean_length": fmean(lengths)} if lengths else {}

@@ -160,6 +160,7 @@ def test_what_is_set_elsewhere_is_refused_with_the_place_where_it_is_set(
 # Rules between keys: each example breaks one rule and no other.
 
 BREAKING_EXAMPLES = [
+    ["objective=[eval_loss,train_loss]", "direction=minimize"],
     ["lora=pissa", "quant=8bit"],
     ["trainer.bf16=true", "trainer.fp16=true"],
     ["trainer.max_steps=0"],

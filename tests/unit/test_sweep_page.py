@@ -121,6 +121,19 @@ def test_the_page_answers_what_was_asked(tmp_path: Path) -> None:
         assert re.search(f"<b>[^<]*{title}", html)
 
 
+def test_runs_of_other_beta_are_compared_by_what_does_not_scale_with_it(tmp_path: Path) -> None:
+    for name, beta, kl, shift in (("0", 0.1, 0.25, -4.5), ("1", 0.5, 0.125, -2.5)):
+        trial = make_trial(tmp_path / name, {"recipe.beta": beta}, 0.5 + beta)
+        final = json.loads((trial / "metrics.json").read_text())
+        final |= {"eval_kl/chosen": kl, "eval_logp_shift/chosen": shift, "completions/mean_length": 40 * beta}
+        (trial / "metrics.json").write_text(json.dumps(final))
+    html, _ = page_of(tmp_path)
+    section = html[html.index("What does not scale with beta") : html.index("By setting")]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in section.split("<tr")[2:]]
+    assert rows == [["1", "0.5", "1", "0.125", "-2.5", "20"], ["2", "0.1", "0.6", "0.25", "-4.5", "4"]]
+    assert "log-prob shift, rejected" not in section, "no run logged it"
+
+
 def test_page_csv_and_json_have_one_order(tmp_path: Path) -> None:
     html, _ = page_of(make_sweep(tmp_path))
     table = html[html.index('<table class="board">') : html.index("</table>")]

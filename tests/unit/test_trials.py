@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lora_exp.errors import UserError
+from lora_exp.sweeps.leaderboard import leaderboard
 from lora_exp.sweeps.question import Question
 from lora_exp.sweeps.trials import direction, read_trials, sweep_command
 from tests.sweeps import make_sweep, make_trial
@@ -27,6 +28,27 @@ from tests.sweeps import make_sweep, make_trial
 )
 def test_the_name_of_an_objective_tells_its_direction(name: str, expected: str) -> None:
     assert direction(name) == expected
+
+
+def test_a_given_direction_goes_before_the_name(tmp_path: Path) -> None:
+    for name, objective in (("0", 0.4), ("1", 0.6)):
+        make_trial(tmp_path / name, {"recipe.beta": objective}, objective, direction="minimize")
+    trials = read_trials(tmp_path)
+    assert {trial.direction for trial in trials} == {"minimize"}
+    assert [point.best.name for point in leaderboard(trials).points] == ["0", "1"]
+    assert {trial.direction for trial in read_trials(tmp_path, "eval_rewards/margins")} == {"maximize"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"trainer.max_steps": 400, "trainer.num_train_epochs": 3}, "running, 25%"),
+        ({"trainer.max_steps": -1, "trainer.num_train_epochs": 3}, "running"),
+    ],
+)
+def test_a_running_trial_says_how_far_it_is(tmp_path: Path, settings: dict[str, int], expected: str) -> None:
+    make_trial(tmp_path / "0", settings, status="running")
+    assert leaderboard(read_trials(tmp_path)).points[0].status == expected
 
 
 def test_axes_are_the_settings_that_differ(tmp_path: Path) -> None:
