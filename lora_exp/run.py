@@ -339,14 +339,14 @@ def _train(
     with folder.stage("evaluate"):
         final |= evaluate(trainer, "val" in data.datasets)
         after = answer(policy.model, data.tokenizer, prompts, length)
-        final |= length_metrics(data.tokenizer, after)
+        final |= length_metrics(after)
     with folder.stage("save"):
         save_adapter(policy, data.tokenizer, folder.adapter)
         folder.write_json("metrics.json", final)
         answers = zip(prompts, before, after, strict=True)
         folder.write_jsonl(
             "samples.jsonl",
-            [{"prompt": p.text, "expected": p.expected, "before": b, "after": a} for p, b, a in answers],
+            [{"prompt": p.text, "expected": p.expected, "before": b.text, "after": a.text} for p, b, a in answers],
         )
     folder.note(best_checkpoint=trainer.state.best_model_checkpoint, best_metric=trainer.state.best_metric)
     return final

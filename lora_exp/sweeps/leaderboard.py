@@ -209,7 +209,7 @@ def compare(first: Point, second: Point) -> tuple[str, bool]:
         if min(map(len, values)) < 2:
             return (
                 "The best two cannot be told apart from so few seeds: one run each does not show how much the seed "
-                "alone changes. sweep.seeds=5 repeats every point.",
+                "alone changes. In a grid, sweep.seeds=5 repeats every point.",
                 False,
             )
         apart, test = _welch(*values), "Welch's t test"

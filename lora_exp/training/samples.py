@@ -19,6 +19,14 @@ class Prompt:
     expected: str
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote, and in how many tokens, the one that ends it not counted."""
+
+    text: str
+    length: int
+
+
 def fixed_prompts(data: TokenizedData, answer_column: str, number: int) -> list[Prompt]:
     """Return the first prompts of `val`, or of `train` where there is none."""
     split = "val" if "val" in data.datasets else "train"
@@ -27,7 +35,7 @@ def fixed_prompts(data: TokenizedData, answer_column: str, number: int) -> list[
     return [Prompt(rows[each["row"]]["prompt"], each["prompt_ids"], rows[each["row"]][answer_column]) for each in first]
 
 
-def answer(model: Any, tokenizer: Any, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
+def answer(model: Any, tokenizer: Any, prompts: list[Prompt], max_new_tokens: int) -> list[Answer]:
     """Return the model's most likely answer to each prompt, at most `max_new_tokens` tokens long.
 
     The model is left in the mode (train or eval) that it was in.
@@ -57,10 +65,13 @@ def answer(model: Any, tokenizer: Any, prompts: list[Prompt], max_new_tokens: in
     finally:
         model.train(was_training)
     answers = output[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    special = [token for token in (tokenizer.eos_token_id, tokenizer.pad_token_id) if token is not None]
+    ends = torch.tensor(special, device=answers.device)
+    lengths = torch.isin(answers, ends).logical_not().cumprod(1).sum(1).tolist()
+    return [Answer(text.strip(), length) for text, length in zip(texts, lengths, strict=True)]
 
 
-def length_metrics(tokenizer: Any, answers: list[str]) -> dict[str, float]:
-    """Return the mean number of tokens of the answers, under the name that TRL's GRPO gives it; nothing of none."""
-    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers]
-    return {"completions/mean_length": fmean(lengths)} if lengths else {}
+def length_metrics(answers: list[Answer]) -> dict[str, float]:
+    """Return the mean length of the answers, under the name that TRL's GRPO gives it; nothing of none."""
+    return {"completions/mean_length": fmean(each.length for each in answers)} if answers else {}

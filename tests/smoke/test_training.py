@@ -52,6 +52,7 @@ class TestEveryRecipeOnEveryBase:
         assert facts["status"] == "finished"
         assert facts["objective"] == run.objective == run.results.metrics[facts["objective_name"]]
         assert {"data", "model", "train", "evaluate", "save"} <= facts["wall_times"].keys()
+        assert 0 <= run.results.metrics["completions/mean_length"] <= 4
         assert facts["peak_memory_bytes"] > 0
         assert facts["trainable_parameters"] > 0
         report = json.loads((run.folder / "data_report.json").read_text())
