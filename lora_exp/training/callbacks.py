@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_exp.errors import Pruned
 from lora_exp.reports.console import TrainingDisplay
@@ -78,6 +78,30 @@ class Pruning(TrainerCallback):  # type: ignore[misc]
         if values and self.trial.falls_behind(values[-1], len(values) - 1):
             where = f"step {state.global_step} of {state.max_steps}"
             raise Pruned(f"{self.objective} {values[-1]:.4g} at {where} falls behind the other trials")
+
+
+class SaveAfterEvaluation(TrainerCallback):  # type: ignore[misc]
+    """Puts the checkpoint of an epoch's last step off until the epoch's evaluation, which then is in it.
+
+    Trainer (transformers 5.23) saves at the step and evaluates after it; a run that is killed between the two goes on
+    with the next epoch, and the evaluation is lost.
+    """
+
+    def __init__(self) -> None:
+        self.put_off = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take back the order to save, where an evaluation follows at once."""
+        ends_epoch = state.global_step >= state.max_steps or abs(state.epoch - round(state.epoch)) < 1e-9
+        if control.should_save and ends_epoch and args.eval_strategy == IntervalStrategy.EPOCH:
+            control.should_save, self.put_off = False, True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give it now; Trainer evaluates first."""
+        control.should_save = control.should_save or self.put_off
+        self.put_off = False
 
 
 class Display(TrainerCallback):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from lora_exp.run_folder import RunFolder
 from lora_exp.search.pruning import SearchTrial
 from lora_exp.tracking.base import ActiveRun
 from lora_exp.training.arguments import training_arguments
-from lora_exp.training.callbacks import Display, MetricsFile, Pruning, TrackerFeed
+from lora_exp.training.callbacks import Display, MetricsFile, Pruning, SaveAfterEvaluation, TrackerFeed
 
 if TYPE_CHECKING:
     from lora_exp.data.tokenize import TokenizedData
@@ -50,6 +50,7 @@ def make_trainer(
     callbacks = [
         MetricsFile(folder.path / "metrics.jsonl"),
         TrackerFeed(tracker),
+        SaveAfterEvaluation(),
         Display(TrainingDisplay(config.recipe.headline)),
     ]
     try:

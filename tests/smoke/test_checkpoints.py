@@ -43,6 +43,18 @@ def test_the_run_ends_with_the_best_checkpoint_not_the_last(tmp_path: Path) -> N
     assert run.results.metrics["eval_loss"] == pytest.approx(evaluations[best], rel=1e-6)
 
 
+def test_the_checkpoint_of_an_epochs_last_step_holds_the_epochs_evaluation(tmp_path: Path) -> None:
+    schedule = ["trainer.eval_strategy=epoch", "trainer.save_strategy=steps", "trainer.save_steps=10"]
+    run = run_in(tmp_path / "run", [*QUICK, *schedule, "trainer.num_train_epochs=2", "trainer.save_total_limit=null"])
+    evaluated = [line["step"] for line in run.results.steps if "eval_loss" in line and line["step"]]
+    saved = {int(path.name.partition("-")[2]): path for path in (run.folder / "checkpoints").iterdir()}
+    assert set(evaluated) <= saved.keys(), "the two must meet for this test to mean anything"
+    for step, folder in saved.items():
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        known = [line["step"] for line in history if "eval_loss" in line and line["step"]]
+        assert known == [each for each in evaluated if each <= step]
+
+
 def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path: Path) -> None:
     schedule = [
         "trainer.max_steps=6",
