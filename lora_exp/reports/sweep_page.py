@@ -31,10 +31,10 @@ MOST_ROWS = 50
 """Rows of a table in the page; `leaderboard.csv` has all."""
 SCALE_FREE = {
     "eval_rewards/accuracies": "reward accuracy",
-    "eval_kl/chosen": "KL to the reference per token",
-    "eval_logp_shift/chosen": "log-prob shift, chosen",
-    "eval_logp_shift/rejected": "log-prob shift, rejected",
-    "completions/mean_length": "tokens of an answer",
+    "eval_kl/chosen": "KL per token",
+    "eval_logp_shift/chosen": "shift, chosen",
+    "eval_logp_shift/rejected": "shift, rejected",
+    "completions/mean_length": "answer tokens",
 }
 """What DPO runs of different beta are compared by: loss, rewards and margins are multiples of beta."""
 SAMPLE_COLUMNS = 3
