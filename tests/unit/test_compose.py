@@ -46,10 +46,16 @@ def overrides_for(file: Path) -> list[str]:
     if file == CONF_DIR / "config.yaml":
         return []
     group = file.parent.relative_to(CONF_DIR).as_posix()
-    return [f"{group}={file.stem}", *REQUIRED.get(name_of(file), [])]
+    sweeper = ["hydra/sweeper=optuna"] if group.startswith("hydra/sweeper/") else []
+    return [*sweeper, f"{group}={file.stem}", *REQUIRED.get(name_of(file), [])]
 
 
-PICKED = [file for file in FILES if name_of(file) not in NO_CHOICE and not name_of(file).startswith("hydra/")]
+def is_picked(name: str) -> bool:
+    """Whether a user picks a file of conf/; Hydra's own defaults name the other files under hydra/."""
+    return name not in NO_CHOICE and (not name.startswith("hydra/") or name.startswith("hydra/sweeper/"))
+
+
+PICKED = [file for file in FILES if is_picked(name_of(file))]
 RUNS = [*map(overrides_for, PICKED), *SHOWN_COMMANDS]
 run_ids = pytest.mark.parametrize("overrides", RUNS, ids=lambda overrides: " ".join(overrides) or "no overrides")
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from lora_exp.config import CONF_DIR
 from lora_exp.errors import UserError
 from lora_exp.search.axes import Axis, axes_of
 from lora_exp.search.pruning import SearchTrial
@@ -138,6 +140,20 @@ def test_pruning_finds_the_best_point_in_less_than_half_of_the_steps_of_a_grid(t
             search.tell(trial.number, Outcome("finished", [loss(trial.params, EVALUATIONS - 1)]))
     assert search.results()["best_params"] == best
     assert steps < len(grid) * EVALUATIONS / 2
+
+
+@pytest.mark.parametrize("file", sorted((CONF_DIR / "hydra/sweeper").glob("*/*.yaml")), ids=lambda file: file.stem)
+def test_every_sampler_and_pruner_of_conf_works(tmp_path: Path, file: Path) -> None:
+    named = yaml.safe_load(file.read_text())
+    if named.get("seed") == "${seed}":
+        named["seed"] = 3
+    search = search_in(tmp_path, n_trials=6, **{file.parent.name: named})
+    while (trial := search.next()) is not None:
+        pruner = named if file.parent.name == "pruner" else MEDIAN
+        seen = SearchTrial(f"sqlite:///{tmp_path}/study.sqlite3", "one", trial.number, pruner)
+        behind = [seen.falls_behind(loss(trial.params, evaluation), evaluation) for evaluation in range(3)]
+        search.tell(trial.number, Outcome("pruned" if any(behind) else "finished", [loss(trial.params, 2)]))
+    assert len(search.study.trials) == 6
 
 
 def test_what_failed_is_tried_again_by_the_next_command_and_not_by_this_one(tmp_path: Path) -> None:
