@@ -287,6 +287,6 @@ def _handler_of(server: WandbServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_PUT = _respond
+        do_GET = do_POST = do_PUT = _respond  # noqa: N815 - the names that http.server looks for
 
     return Handler

@@ -31,7 +31,9 @@ class WandbRun(ActiveRun):
         self.run = run
         self.where = where
         self.log_adapter = log_adapter
-        self.later = f"later: wandb sync {run.settings.sync_dir}" if run.settings.mode != "disabled" else ""
+        self.later = (
+            f"later: wandb sync --include-online {run.settings.sync_dir}" if run.settings.mode != "disabled" else ""
+        )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers under their section: `train/loss`, `eval/loss`; W&B's own step is left to W&B."""
@@ -135,7 +137,7 @@ class Wandb(Tracker):
             return self.mode, f"tracker.mode={self.mode}"
         if from_environment := os.environ.get("WANDB_MODE"):
             return from_environment, f"WANDB_MODE={from_environment}"
-        return ("online", "logged in") if _logged_in() else ("offline", "not logged in")
+        return ("online", "logged in") if logged_in() else ("offline", "not logged in")
 
 
 def _remember(reason: str) -> str:
@@ -146,7 +148,7 @@ def _remember(reason: str) -> str:
     return why
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
     """Whether W&B would find a key without asking: in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
