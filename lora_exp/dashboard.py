@@ -50,7 +50,7 @@ def save_workspace(project: str, entity: str | None, axes: Sequence[str]) -> str
         axes: Config keys and config groups that sweeps vary.
 
     Raises:
-        UserError: If the package is missing, nobody is logged in, or W&B refuses.
+        UserError: If the package is missing, nobody is logged in, or W&B does not take it.
     """
     _require_package()
     import wandb
@@ -72,7 +72,8 @@ def save_workspace(project: str, entity: str | None, axes: Sequence[str]) -> str
         return str(saved.url)
     except (wandb.Error, WandbApiFailedError) as error:
         reason = " ".join(str(error).split())
-        problem = Problem(project, f"W&B refuses: {reason}", "look at the project's name, --entity and the login")
+        mend = "see that the project exists, that --entity is right, and that the login is good"
+        problem = Problem(project, f"W&B does not take it: {reason}", mend)
         raise UserError("the workspace cannot be saved", [problem]) from error
 
 

@@ -255,6 +255,7 @@ _OPERATIONS: dict[str, _Operation] = {
     "CreateRunFiles": _create_run_files,
     "OrganizationCoreWeaveOrganizationID": lambda *_: {"entity": {"organization": None}},
     "Viewer": _viewer,
+    "GetDefaultEntity": _viewer,
     "UpsertView2": _upsert_view,
 }
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,18 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 Ask = Callable[[str], Outcome]
+
+
+@pytest.fixture(scope="module")
+def later(outcome: Ask) -> Ask:
+    """Return what the line that a run printed for later brings to a new server; W&B takes a run only once."""
+
+    @cache
+    def brought(fault: str) -> Outcome:
+        (line,) = re.findall(r"later: (wandb sync .*)", outcome(fault).done.stdout)
+        return synced(outcome(fault), line)
+
+    return brought
 
 
 def test_the_server_understood_everything_and_the_terminal_is_quiet(outcome: Ask) -> None:
@@ -236,10 +249,9 @@ def test_the_runs_of_a_process_wait_for_a_server_once(outcome: Ask) -> None:
 
 
 @pytest.mark.parametrize("fault", ["errors", "silent", "dies"])
-def test_the_line_for_later_brings_the_numbers(outcome: Ask, fault: str) -> None:
-    found = outcome(fault)
-    (line,) = re.findall(r"later: (wandb sync .*)", found.done.stdout)
-    (run,) = synced(found, line).server.runs.values()
+def test_the_line_for_later_brings_the_numbers(later: Ask, fault: str) -> None:
+    found = later(fault)
+    (run,) = found.server.runs.values()
     assert (run.state, run.exit_code) == ("finished", 0)
     written = [json.loads(line) for line in (found.cwd / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [row["train/global_step"] for row in run.rows if "samples" not in row]
@@ -251,19 +263,31 @@ def test_the_line_for_later_brings_the_numbers(outcome: Ask, fault: str) -> None
 # The dashboard -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def view(outcome: Ask) -> dict[str, Any]:
-    """Save a workspace for the sweep, and return what the server got."""
-    cwd = outcome("well").cwd
-    with WandbServer() as server:
-        done = subprocess.run(
-            [sys.executable, "-m", "lora_exp.dashboard", "lora_exp", "--sweep", "multirun/grid"],
+def dashboard(cwd: Path, server: WandbServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    source = str(Path(__file__).parents[2])
+    with server:
+        return subprocess.run(
+            [sys.executable, "-m", "lora_exp.dashboard", "lora_exp", *arguments],
             cwd=cwd,
-            env={"HOME": str(cwd), "PYTHONPATH": str(Path(__file__).parents[2]), **server.environment},
+            env={"HOME": str(cwd), "PYTHONPATH": source, "WANDB_HTTP_TIMEOUT": "2", **server.environment},
             capture_output=True,
             text=True,
             timeout=60,
         )
+
+
+def test_a_workspace_that_cannot_be_saved_is_no_bug(tmp_path: Path) -> None:
+    done = dashboard(tmp_path, WandbServer("errors"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "lora_exp: W&B does not take it: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def view(outcome: Ask) -> dict[str, Any]:
+    """Save a workspace for the sweep, and return what the server got."""
+    server = WandbServer()
+    done = dashboard(outcome("well").cwd, server, "--sweep", "multirun/grid")
     assert (done.returncode, done.stderr, server.not_understood) == (0, "", [])
     (saved,) = server.views
     name = saved["name"].removeprefix("nw-").removesuffix("-v")
@@ -306,10 +330,9 @@ def test_the_axes_lead_to_the_objective(view: dict[str, Any], outcome: Ask) -> N
         assert run.config[key][rest] == run.config["sweep/recipe.beta"]
 
 
-def test_every_metric_of_a_panel_is_one_that_a_run_logs(view: dict[str, Any], outcome: Ask) -> None:
+def test_every_metric_of_a_panel_is_one_that_a_run_logs(view: dict[str, Any], outcome: Ask, later: Ask) -> None:
     dpo = outcome("well").trial(TRIALS[0])
-    (line,) = re.findall(r"later: (wandb sync .*)", outcome("errors").done.stdout)
-    (sft,) = synced(outcome("errors"), line).server.runs.values()
+    (sft,) = later("errors").server.runs.values()
     assert (dpo.fields["jobType"], sft.fields["jobType"]) == ("dpo", "sft")
     curves, bars = set(), set()
     for panel in (panel for panels in panels_of(view).values() for panel in panels):
