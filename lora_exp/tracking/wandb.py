@@ -15,13 +15,13 @@ from pydantic import Field
 from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker
 
 ASK_AGAIN = 600.0
-"""Seconds for which the runs of this process stay offline after one that the server did not answer.
+"""Seconds for which the runs of this process stay offline after one that could not be opened online.
 
 Otherwise every trial of a sweep would wait for it anew.
 """
 
-_no_answer: tuple[float, str] | None = None
-"""When the server last left a run without an answer, and why."""
+_online_failed: tuple[float, str] | None = None
+"""When a run could last not be opened online, and why."""
 
 
 class WandbRun(ActiveRun):
@@ -128,8 +128,8 @@ class Wandb(Tracker):
     def _mode(self) -> tuple[str, str]:
         """Return the mode and the reason for it."""
         mode, why = self._wanted_mode()
-        if mode == "online" and _no_answer is not None and time.monotonic() - _no_answer[0] < ASK_AGAIN:
-            return "offline", _no_answer[1]
+        if mode == "online" and _online_failed is not None and time.monotonic() - _online_failed[0] < ASK_AGAIN:
+            return "offline", _online_failed[1]
         return mode, why
 
     def _wanted_mode(self) -> tuple[str, str]:
@@ -142,9 +142,9 @@ class Wandb(Tracker):
 
 def _remember(reason: str) -> str:
     """Have the next runs of this process not wait for the server; return what to say."""
-    global _no_answer
-    why = f"the server did not answer: {reason}"
-    _no_answer = time.monotonic(), why
+    global _online_failed
+    why = f"online failed: {reason}"
+    _online_failed = time.monotonic(), why
     return why
 
 

@@ -237,7 +237,7 @@ def test_a_server_that_fails_ends_no_run(outcome: Ask, fault: str) -> None:
     assert facts
     assert {each["status"] for each in facts} == {"finished"}
     # One line a run, and the way to bring the rest to the server.
-    lines = [line for line in found.done.stdout.splitlines() if "did not answer" in line or "wandb failed" in line]
+    lines = [line for line in found.done.stdout.splitlines() if "online failed" in line or "wandb failed" in line]
     assert len(lines) == len(facts)
     assert all("; later: wandb sync " in line for line in lines)
 

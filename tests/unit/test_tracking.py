@@ -81,7 +81,7 @@ def test_the_first_failure_is_the_one_that_is_told() -> None:
 def test_a_silent_server_is_asked_again_after_a_while(
     monkeypatch: pytest.MonkeyPatch, seconds: float, mode: str
 ) -> None:
-    monkeypatch.setattr(room, "_no_answer", (time.monotonic() - seconds, "the server did not answer: a reason"))
+    monkeypatch.setattr(room, "_online_failed", (time.monotonic() - seconds, "online failed: a reason"))
     values = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "tracker" / "wandb.yaml"))
     assert isinstance(values, dict)
     tracker = Wandb.model_validate({**values, "mode": "online"})
