@@ -181,8 +181,9 @@ def _run(
         final = _train(config, folder, prepared, trainer, checkpoint)
         found = _objectives(config, final)
         objective = next(iter(found.values()), None)
-        folder.note(objective=objective, objectives=found, peak_memory_bytes=peak_memory_bytes(policy.device))
-        tracker.summarize({**final, "objective": objective})
+        peak = peak_memory_bytes(policy.device)
+        folder.note(objective=objective, objectives=found, peak_memory_bytes=peak)
+        tracker.summarize({**final, "objective": objective, "peak_memory_bytes": peak})
         tracker.table("samples", read_jsonl(folder.path / "samples.jsonl"))
         tracker.adapter(folder.adapter)
         ending = "finished"

@@ -45,6 +45,8 @@ class ActiveRun(ABC):
 
     where: str = ""
     """A line that says where the run can be seen, for the terminal."""
+    later: str = ""
+    """What brings the tracker the rest, where it stops working; empty where nothing does."""
 
     @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -82,11 +84,19 @@ class Tracker(Section, ABC):
 
 @dataclass
 class Guarded(ActiveRun):
-    """Hands calls on to a run until one fails; then says so once and goes on without."""
+    """Hands calls on to a run until one fails; then says so once and goes on without.
+
+    The run is closed all the same: what it has recorded so far is written then.
+    """
 
     run: ActiveRun | None
     label: str
     failure: str | None = field(default=None)
+
+    @property
+    def working(self) -> ActiveRun | None:
+        """The run, as long as nothing has failed."""
+        return None if self.failure else self.run
 
     @classmethod
     def start(cls, tracker: Tracker, info: RunInfo) -> Guarded:
@@ -102,26 +112,26 @@ class Guarded(ActiveRun):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers of one step, if the tracker still works."""
-        if self.run is not None:
-            self._attempt(self.run.log, metrics, step)
+        if self.working is not None:
+            self._attempt(self.working.log, metrics, step)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Record the final numbers, if the tracker still works."""
-        if self.run is not None:
-            self._attempt(self.run.summarize, summary)
+        if self.working is not None:
+            self._attempt(self.working.summarize, summary)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a table, if the tracker still works."""
-        if self.run is not None and rows:
-            self._attempt(self.run.table, name, rows)
+        if self.working is not None and rows:
+            self._attempt(self.working.table, name, rows)
 
     def adapter(self, folder: Path) -> None:
         """Record the adapter, if the tracker still works."""
-        if self.run is not None:
-            self._attempt(self.run.adapter, folder)
+        if self.working is not None:
+            self._attempt(self.working.adapter, folder)
 
     def finish(self, status: Ending) -> None:
-        """Close the run, if the tracker still works."""
+        """Close the run."""
         if self.run is not None:
             self._attempt(self.run.finish, status)
 
@@ -129,7 +139,10 @@ class Guarded(ActiveRun):
         try:
             call(*arguments)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the training goes on
-            self.run = None
             reason = " ".join(str(error).split()) or type(error).__name__
-            self.failure = f"{self.label} failed and is left out from here on: {reason}"
+            if self.failure is not None:
+                log.info("%s failed again: %s", self.label, reason)
+                return
+            later = f"; {self.run.later}" if self.run is not None and self.run.later else ""
+            self.failure = f"{self.label} failed and is left out from here on: {reason}{later}"
             log.warning(self.failure)

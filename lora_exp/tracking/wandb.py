@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import netrc
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from pydantic import Field
+
 from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker
+
+ASK_AGAIN = 600.0
+"""Seconds for which the runs of this process stay offline after one that could not be opened online.
+
+Otherwise every trial of a sweep would wait for it anew.
+"""
+
+_online_failed: tuple[float, str] | None = None
+"""When a run could last not be opened online, and why."""
 
 
 class WandbRun(ActiveRun):
@@ -19,6 +31,9 @@ class WandbRun(ActiveRun):
         self.run = run
         self.where = where
         self.log_adapter = log_adapter
+        self.later = (
+            f"later: wandb sync --include-online {run.settings.sync_dir}" if run.settings.mode != "disabled" else ""
+        )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers under their section: `train/loss`, `eval/loss`; W&B's own step is left to W&B."""
@@ -44,7 +59,11 @@ class WandbRun(ActiveRun):
             self.run.log_artifact(str(folder), name=f"adapter-{self.run.id}", type="model")
 
     def finish(self, status: Ending) -> None:
-        """Close the run. W&B knows finished and failed; a pruned one is finished, with the tag `pruned`."""
+        """Close the run. W&B knows finished and failed; a pruned one is finished, with the tag `pruned`.
+
+        Raises:
+            TimeoutError: If the server has not taken everything within `tracker.finish_timeout`.
+        """
         self.run.summary["status"] = status
         if status == "pruned":
             self.run.tags = (*self.run.tags, "pruned")
@@ -59,28 +78,38 @@ class Wandb(Tracker):
     entity: str | None
     notes: str | None
     log_adapter: bool
+    init_timeout: float = Field(gt=0)
+    finish_timeout: float = Field(gt=0)
 
     def start(self, info: RunInfo) -> ActiveRun:
         """Open a run of its own, whatever other run this process has had; offline where online fails."""
         import wandb
 
+        wandb.setup(wandb.Settings(silent=True))  # of the process: a login speaks before there is a run
         mode, why = self._mode()
         try:
             run = self._open(wandb, info, mode)
         except wandb.Error as error:
             if mode != "online":
                 raise
-            mode, why = "offline", f"the server did not answer: {str(error).splitlines()[0]}"
+            mode, why = "offline", _remember(str(error).splitlines()[0])
             run = self._open(wandb, info, mode)
         run.define_metric("train/global_step")
         run.define_metric("*", step_metric="train/global_step")
         if mode == "online":
             return WandbRun(run, f"wandb online: {run.url}", self.log_adapter)
-        where = f"wandb {mode} ({why}); later: wandb sync {info.folder}/wandb/offline-run-*"
-        return WandbRun(run, where, self.log_adapter)
+        later = "" if mode == "disabled" else f"; later: wandb sync {info.folder}/wandb/offline-run-*"
+        return WandbRun(run, f"wandb {mode} ({why}){later}", self.log_adapter)
 
     def _open(self, wandb: Any, info: RunInfo, mode: str) -> Any:
-        settings = wandb.Settings(silent=True, console="off", init_timeout=30, disable_git=True)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            init_timeout=self.init_timeout,
+            finish_timeout=self.finish_timeout,
+            finish_timeout_raises=True,
+        )
         return wandb.init(
             project=self.project,
             entity=self.entity,
@@ -98,14 +127,28 @@ class Wandb(Tracker):
 
     def _mode(self) -> tuple[str, str]:
         """Return the mode and the reason for it."""
+        mode, why = self._wanted_mode()
+        if mode == "online" and _online_failed is not None and time.monotonic() - _online_failed[0] < ASK_AGAIN:
+            return "offline", _online_failed[1]
+        return mode, why
+
+    def _wanted_mode(self) -> tuple[str, str]:
         if self.mode is not None:
             return self.mode, f"tracker.mode={self.mode}"
         if from_environment := os.environ.get("WANDB_MODE"):
             return from_environment, f"WANDB_MODE={from_environment}"
-        return ("online", "logged in") if _logged_in() else ("offline", "not logged in")
+        return ("online", "logged in") if logged_in() else ("offline", "not logged in")
 
 
-def _logged_in() -> bool:
+def _remember(reason: str) -> str:
+    """Have the next runs of this process not wait for the server; return what to say."""
+    global _online_failed
+    why = f"online failed: {reason}"
+    _online_failed = time.monotonic(), why
+    return why
+
+
+def logged_in() -> bool:
     """Whether W&B would find a key without asking: in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True

@@ -28,6 +28,7 @@ def lora_exp(*arguments: str, cwd: Path, **environment: str) -> subprocess.Compl
         capture_output=True,
         text=True,
         check=False,
+        timeout=180,
     )
 
 
