@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from pydantic import ValidationError
 
 from lora_exp.reports.console import note
 from lora_exp.sweeps.leaderboard import Leaderboard, as_rows
@@ -25,7 +26,11 @@ def log_leaderboard(folder: Path, board: Leaderboard) -> None:
     config = OmegaConf.to_container(OmegaConf.load(best.best.folder / "config.yaml"))
     assert isinstance(config, dict)
     section = config["tracker"]
-    tracker = get_class(section["_target_"]).model_validate(section)  # type: ignore[attr-defined]
+    try:
+        tracker = get_class(section["_target_"]).model_validate(section)  # type: ignore[attr-defined]
+    except ValidationError:  # a trial of an earlier version, which had other keys
+        note(f"the leaderboard is not at the tracker: {best.best.folder}/config.yaml is of another version")
+        return
     assert isinstance(tracker, Tracker)
     group = group_of(folder)
     info = RunInfo(folder, {"axes": list(board.axes)}, f"{group} leaderboard", group, "sweep")
