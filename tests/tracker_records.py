@@ -117,11 +117,13 @@ def tensorboard(folder: Path) -> Record:
             record.tables[tag] = [dict(zip(header, row, strict=True)) for row in rows]
         elif tag == "status/text_summary":
             record.status = content.item().decode()
+        elif tag == "config/text_summary":
+            record.config |= leaves(json.loads(content.item()))
     record.about = {row["key"]: row["value"] for row in record.tables.pop("run")}
     record.about["tags"] = [tag for tag in record.about.get("tags", "").split(", ") if tag]
     hparams = events.summary_metadata
     begin = metadata.parse_session_start_info_plugin_data(hparams[metadata.SESSION_START_INFO_TAG].plugin_data.content)
-    record.config = {key: getattr(value, value.WhichOneof("kind")) for key, value in begin.hparams.items()}
+    record.config |= {key: getattr(value, value.WhichOneof("kind")) for key, value in begin.hparams.items()}
     end = metadata.parse_session_end_info_plugin_data(hparams[metadata.SESSION_END_INFO_TAG].plugin_data.content)
     record.ending = end.status
     return record

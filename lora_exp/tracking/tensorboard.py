@@ -93,18 +93,21 @@ class TensorBoard(Tracker):
         rows = [["key", "value"], *([key, value] for key, value in about.items() if value)]
         writer.file_writer.add_summary(_text_table("run", rows), 0)
         writer.add_text("config", "\n".join(f"    {line}" for line in to_json(info.config).splitlines()), 0)
-        experiment, begin, _ = hparams(_settings(info), {OBJECTIVE: None})
-        writer.file_writer.add_summary(experiment)
-        writer.file_writer.add_summary(begin)
+        for each in hparams(_hyperparameters(info), {OBJECTIVE: None})[:2]:  # the third would say that it ended well
+            writer.file_writer.add_summary(each)
         above = folder.parent.parent if info.group else folder.parent
         return TensorBoardRun(writer, self.where_to_look(f"tensorboard --logdir {above}"), goes_on)
 
 
-def _settings(info: RunInfo) -> dict[str, Any]:
-    """Return the config's leaves by dotted key, and what the sweep varies, as hyperparameters can be: no lists."""
-    leaves = {key: value for key, value in flatten(info.config).items() if not isinstance(value, Mapping)}
-    values = {**{f"sweep/{axis}": value for axis, value in info.axes.items()}, **leaves}
-    return {key: json.dumps(value) if isinstance(value, list) else value for key, value in values.items()}
+def _hyperparameters(info: RunInfo) -> dict[str, Any]:
+    """Return what TensorBoard's table has a column for: what the sweep varies, or else all of the config but lists.
+
+    The table shows the first five columns of many by their names; a sweep's would not be among them.
+    """
+    if info.axes:
+        values = {f"sweep/{axis}": value for axis, value in info.axes.items()}
+        return {key: json.dumps(value) if isinstance(value, list) else value for key, value in values.items()}
+    return {key: value for key, value in flatten(info.config).items() if not isinstance(value, Mapping | list)}
 
 
 def _text_table(name: str, cells: Sequence[Sequence[Any]]) -> Any:
