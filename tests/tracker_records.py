@@ -164,7 +164,7 @@ def trackio(folder: Path) -> Record:
 
     (run,) = [run for run in Api().runs("lora_exp") if folder.name in run.name.split()]
     config = dict(run.config or {})
-    record = Record(status=str(config.pop("status", "")), summary=dict(config.pop("summary", {})), files=set())
+    record = Record(status=str(config.pop("status", "")), files=set())
     record.about = {"name": run.name, "group": config["_Group"]}
     record.config = leaves({key: value for key, value in config.items() if not key.startswith("_")})
     for row in SQLiteStorage.get_logs("lora_exp", run.name, run_id=run.id):
@@ -173,6 +173,8 @@ def trackio(folder: Path) -> Record:
                 record.tables[name] = [text(each) for each in value["_value"]]
             elif name.startswith(("train/", "eval/")):
                 record.history[name, row["step"]] = value
+            elif name.startswith("summary/"):
+                record.summary[name.partition("/")[2]] = value
     manifest = SQLiteStorage.get_artifact_manifest("lora_exp", f"adapter-{run.id}", "latest")
     record.files = {entry["path"] for entry in manifest["manifest"]} if manifest else set()
     return record

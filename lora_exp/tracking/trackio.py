@@ -32,10 +32,11 @@ class TrackioRun(ActiveRun):
             self.run.log(by_split(metrics), step)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
-        """Record the numbers at the last step, and all of the summary in the config, under `summary`."""
+        """Record the numbers under `summary/` at the last step, and all of the summary in the config."""
         self.run.config["summary"] = dict(summary)
+        numbers = {f"summary/{name}": value for name, value in summary.items() if isinstance(value, int | float)}
         with _heard(self.run):
-            self.run.log({name: each for name, each in summary.items() if isinstance(each, int | float)}, self.step)
+            self.run.log(numbers, self.step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a table at the last step."""
