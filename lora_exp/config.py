@@ -50,6 +50,8 @@ class Section(BaseModel):
     """Keys without effect beside others: no mistake in a run, but none that a sweep may vary."""
     library_class: ClassVar[str | None] = None
     """Who takes unlisted keys (`+trainer.name=value`), if it knows them."""
+    package: ClassVar[tuple[str, str] | None] = None
+    """A module that does the work and is not always installed, and the extra of this package that brings it."""
     set_elsewhere: ClassVar[Mapping[str, str]] = {}
     """Fields of the library class that are not given here, and what is given instead."""
 

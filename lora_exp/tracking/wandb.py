@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 from pydantic import Field
 
-from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker
+from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker, by_split
 
 ASK_AGAIN = 600.0
 """Seconds for which the runs of this process stay offline after one that could not be opened online.
@@ -37,10 +37,7 @@ class WandbRun(ActiveRun):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers under their section: `train/loss`, `eval/loss`; W&B's own step is left to W&B."""
-        sections = {
-            f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value for key, value in metrics.items()
-        }
-        self.run.log({**sections, "train/global_step": step})
+        self.run.log({**by_split(metrics), "train/global_step": step})
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Write to the run's summary."""
@@ -76,8 +73,6 @@ class Wandb(Tracker):
     label = "wandb"
     mode: Literal["online", "offline", "disabled"] | None
     entity: str | None
-    notes: str | None
-    log_adapter: bool
     init_timeout: float = Field(gt=0)
     finish_timeout: float = Field(gt=0)
 
