@@ -32,6 +32,9 @@ PACKAGES = (
     "hydra-core",
 )
 
+UNFINISHED = ".unfinished"
+"""How the name of a file ends that is being written, hidden beside its place."""
+
 RESERVE = ".reserve"
 RESERVED_BYTES = 1 << 16
 """Kept while a run is at work, so that a disk that it fills has room for its last words."""
@@ -39,7 +42,7 @@ RESERVED_BYTES = 1 << 16
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader, or a kill at any moment, sees the old text or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{UNFINISHED}")
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)

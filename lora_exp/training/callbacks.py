@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,16 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Begin with the lines that the checkpoint knows of, where a run goes on from one: the others come again."""
         if self.path.exists():
-            known = [{"step": line.pop("step"), **line} for line in map(dict, state.log_history)]
             with writing("the metrics", self.path, self.path.parent):
-                write_whole(self.path, "".join(to_json(line, indent=None) + "\n" for line in known))
+                write_whole(self.path, "".join(f"{line}\n" for line in self._known(state)))
+
+    def _known(self, state: TrainerState) -> Iterator[str]:
+        """Yield the lines as they stand in the file; the checkpoint has their numbers, and another order of keys."""
+        there = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        for number, logs in enumerate(state.log_history):
+            line = to_json({"step": logs["step"], **logs}, indent=None)
+            same = number < len(there) and json.loads(there[number]) == json.loads(line)
+            yield there[number] if same else line
 
     def on_log(
         self,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import xxhash
 
-from lora_exp.run_folder import to_json, write_whole
+from lora_exp.run_folder import UNFINISHED, to_json, write_whole
 
 MANIFEST = "manifest.json"
 PART = ".part"
@@ -59,7 +59,9 @@ def _move(part: Path, place: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a kill left half-written in a folder of staged ones, and put back what was to be replaced by it."""
+    """Remove what a kill left half-written in a folder, and put back what was to be replaced by it."""
+    for file in folder.glob(f".*{UNFINISHED}"):
+        file.unlink()
     shutil.rmtree(folder / PART, ignore_errors=True)
     for kept in (folder / REPLACED).glob("*"):
         if not (folder / kept.name).exists():

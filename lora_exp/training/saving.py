@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers.trainer_utils import rotate_checkpoints
 
+from lora_exp.disk import writing
 from lora_exp.errors import Problem, UserError
 from lora_exp.recipes.totals import Totals
 from lora_exp.training.checkpoints import STATE
@@ -45,7 +46,7 @@ class WholeCheckpoints:
         args = self.args  # type: ignore[attr-defined]
         checkpoints = Path(args.output_dir)
         place = checkpoints / f"checkpoint-{state.global_step}"
-        with staged(place) as part:
+        with writing("the checkpoint", place, checkpoints.parent), staged(place) as part:
             self._part = part.parent
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
