@@ -151,16 +151,21 @@ def after(seconds: float) -> Moment:
     return lambda running: running.seconds > seconds
 
 
-def when_there(pattern: str, delay: float = 0.0) -> Moment:
-    """Return the moment when a path below the run folder matches, and a while later."""
+def later(moment: Moment, delay: float) -> Moment:
+    """Return the moment that comes a while after another."""
     seen: list[float] = []
 
     def come(running: Running) -> bool:
-        if not seen and any(True for _ in running.folder.glob(pattern)):
+        if not seen and moment(running):
             seen.append(time.monotonic())
         return bool(seen) and time.monotonic() - seen[0] >= delay
 
     return come
+
+
+def when_there(pattern: str, delay: float = 0.0) -> Moment:
+    """Return the moment when a path below the run folder matches, and a while later."""
+    return later(lambda running: any(True for _ in running.folder.glob(pattern)), delay)
 
 
 def when_logged(lines: int) -> Moment:

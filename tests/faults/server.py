@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -39,6 +40,8 @@ def child(order: dict[str, Any]) -> None:
     os.chdir(order["cwd"])
     os.environ.update(order["environment"])
     for name, limit in order["limits"].items():
+        if name == "RLIMIT_AS":  # of what the libraries have taken already, most of it never used
+            limit += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(getattr(resource, name), (limit, limit))
     for name in order["ignored"]:
         signal.signal(getattr(signal, name), signal.SIG_IGN)

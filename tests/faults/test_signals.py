@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from tests.faults.harness import Ended, Moment, Server, Tally, after, outcome, when_logged, when_there
+from tests.faults.harness import Ended, Moment, Server, Tally, after, later, outcome, when_logged, when_there
 from tests.faults.test_kills import COMMON, RUNS
 
 SFT = [*COMMON, *RUNS["sft"]]
@@ -74,13 +74,14 @@ def test_an_evaluation_that_is_left_is_made_first_when_the_run_goes_on(
 
 @pytest.mark.parametrize("second", [None, "SIGINT again"], ids=["time is up", "Ctrl-C twice"])
 def test_a_step_that_does_not_end_is_given_up(server: Server, tally: Tally, tmp_path: Path, second: str | None) -> None:
-    # A step of very many batches. Time is up at once, or a second Ctrl-C comes long before.
-    endless = ["trainer.gradient_accumulation_steps=3000", "engine=padded", "trainer.num_train_epochs=400"]
-    endless += ["trainer.eval_strategy=no", f"trainer.grace_seconds={600 if second else 1}"]
+    # All rows in one step, which takes seconds. The signal comes when the second one has begun.
+    long = ["recipe.max_length=512", "engine=padded", "trainer.per_device_train_batch_size=240"]
+    long += ["trainer.eval_strategy=no", "trainer.save_strategy=no", f"trainer.grace_seconds={600 if second else 1}"]
     kind = "Ctrl-C twice in a long step" if second else "a step that outlasts the grace"
-    at_work = when_there("data_report.json", 8)
-    harm = {"SIGINT": at_work, **({second: when_there("data_report.json", 9)} if second else {})}
-    ended = end_with(server, tmp_path, harm, *endless)
+    harm = {"SIGINT": later(when_logged(1), 0.05)}
+    if second:
+        harm[second] = later(after(0), 0.7)
+    ended = end_with(server, tmp_path, harm, *long)
     tally.inject(kind)
     assert ended.status == 130, ended.said
     assert "interrupted by SIGINT" in ended.said
