@@ -162,7 +162,11 @@ class TrainerConfig(Section):
         "run_name": "tracker.name=...",
         "resume_from_checkpoint": "resume=<run folder>",
         "disable_tqdm": "nothing: the bar shows on terminals only",
+        "enable_jit_checkpoint": "trainer.grace_seconds=...: a signal has a checkpoint written",
+        "logging_nan_inf_filter": "nothing: a loss that is no number ends the run",
     }
+    own_keys: ClassVar[set[str]] = {"grace_seconds"}
+    """Keys that are ours and no field of TrainingArguments."""
     per_device_train_batch_size: int = Field(gt=0)
     per_device_eval_batch_size: int = Field(gt=0)
     gradient_accumulation_steps: int = Field(gt=0)
@@ -189,6 +193,8 @@ class TrainerConfig(Section):
     load_best_model_at_end: bool
     metric_for_best_model: str | None
     greater_is_better: bool | None
+    auto_find_batch_size: bool = False
+    grace_seconds: float = Field(25, gt=0)
 
     rules = (
         Rule(

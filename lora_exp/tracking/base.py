@@ -32,6 +32,8 @@ class RunInfo:
         group: The sweep that it belongs to, if any.
         job_type: The recipe's name.
         axes: What the sweep varies in this run, by key.
+        goes_on: Whether it goes on in its folder after a stop; a tracker goes on with the same run then.
+        logged: Lines that were logged before the checkpoint that it goes on from; those after them come again.
     """
 
     folder: Path
@@ -40,6 +42,8 @@ class RunInfo:
     group: str | None
     job_type: str
     axes: Mapping[str, Any] = field(default_factory=dict)
+    goes_on: bool = False
+    logged: int = 0
 
 
 class ActiveRun(ABC):
