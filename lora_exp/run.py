@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import Config
-from lora_exp.data.load import Split, load_splits
+from lora_exp.data.load import load_splits
+from lora_exp.data.split import Split
 from lora_exp.data.tokenize import TokenizedData, tokenize_splits
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lora_exp.data.preference import PreferenceRow
 from lora_exp.data.records import DataRecord
+from lora_exp.data.texts import PreferenceRow
 
 ROW_TYPES: dict[str, type[BaseModel]] = {"data_record": DataRecord, "preference_row": PreferenceRow}
 """Name of the schema file to the model."""

@@ -18,7 +18,7 @@ from lora_exp.errors import Problem, UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from lora_exp.data.load import Split
+    from lora_exp.data.split import Split
 
 BATCH = 512
 """Rows that are handed to the tokenizer at a time."""

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_exp.data.preference import CompletionRow, PreferenceRow, load_preference_jsonl
+from lora_exp.data.preference import load_preference_jsonl
+from lora_exp.data.texts import CompletionRow, PreferenceRow
 from lora_exp.errors import UserError
 
 Make = Callable[..., dict[str, Any]]
@@ -72,9 +73,9 @@ def test_a_text_that_is_none_is_refused_by_file_line_and_key(
     assert problem.what.endswith(reason)
 
 
-def test_a_file_of_another_kind_of_row_names_the_columns_that_it_lacks(
+def test_a_file_of_another_recipes_rows_names_that_recipe(
     tmp_path: Path, write_jsonl: Callable[..., Path], record: Make
 ) -> None:
     with pytest.raises(UserError) as caught:
         load_preference_jsonl(write_jsonl(tmp_path / "rows.jsonl", [record()]))
-    assert all(f"{key}: is missing" in caught.value.problems[0].what for key in COLUMNS)
+    assert caught.value.problems[0].what == "looks like a DataRecord row: recipe=sft"
