@@ -24,7 +24,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that templates show beside its content."""
 
 
-BEFORE = "the chat template shows what comes before this message otherwise once the message is there"
+BEFORE = "the chat template changes what comes before this message once the message is there"
+AFTER = "the chat template changes this message once more follows, so its tokens in the conversation are not known"
 
 
 class RefusedError(Exception):
@@ -229,8 +230,7 @@ class ChatTemplate:
             if not whole.startswith(begin):
                 raise RefusedError(BEFORE, place, "rewritten")
             if not whole.startswith(end):
-                what = "the chat template shows this message otherwise once more follows"
-                raise RefusedError(what, place, "rewritten")
+                raise RefusedError(AFTER, place, "rewritten")
             spans.append(Span(len(begin), len(end), place))
         return spans
 

@@ -386,7 +386,7 @@ def _unthinking(message: Json) -> Json:
 
 def test_a_template_that_changes_earlier_answers_is_refused_with_trls_version_of_it(words: Any) -> None:
     told = refusal({"messages": TURNS}, words, read("qwen3"))
-    assert told.startswith("row 1: messages.1: the chat template shows this message otherwise once more follows")
+    assert told.startswith("row 1: messages.1: the chat template changes this message once more follows")
     assert "data.chat_template_path=pkg://trl.chat_templates/qwen3_training.jinja" in told
 
 
