@@ -25,4 +25,5 @@ def load_preference_jsonl(path: str | Path) -> Dataset:
     (rows,) = read_all([JsonlFile(Path(path), PREFERENCE)])
     from datasets import Dataset
 
-    return Dataset.from_list([row.columns() for row in rows])
+    # Messages are kept as they are: Arrow alone would give every message the keys of all others.
+    return Dataset.from_list([row.columns() for row in rows], on_mixed_types="use_json")
