@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import Config
-from lora_exp.data.load import Split, load_splits
+from lora_exp.data.load import load_splits
+from lora_exp.data.split import Split
+from lora_exp.data.template import use_template
 from lora_exp.data.tokenize import TokenizedData, tokenize_splits
 from lora_exp.disk import writing
 from lora_exp.engine.store import ReferenceStore, default_path
@@ -331,6 +333,7 @@ def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files:
     from lora_exp.models.policy import load_tokenizer
 
     tokenizer = load_tokenizer(config.model, files)
+    use_template(tokenizer, config.data.chat_template_path)
     recipe = config.recipe
     data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template)
     reports = {split: report.as_dict() for split, report in data.reports.items()}
