@@ -93,9 +93,8 @@ class Wandb(Tracker):
         A run that goes on is the same one at W&B: online it is resumed; offline its record is written anew from the
         first line, for W&B appends no record to another.
         """
-        from wandb.sdk.lib.runid import generate_id
-
         import wandb
+        from wandb.sdk.lib.runid import generate_id
 
         wandb.setup(wandb.Settings(silent=True))  # of the process: a login speaks before there is a run
         run_id = kept_id(info, self.label, generate_id())
