@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_exp.data.cache import NO_CACHE, Cache
+from lora_exp.data.token_cache import kept_tokens, token_key
 from lora_exp.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -72,6 +75,8 @@ class TokenizedData:
     splits: dict[str, Split]
     datasets: dict[str, Dataset]
     reports: dict[str, SplitReport]
+    kept: frozenset[str] = frozenset()
+    """The splits whose token ids an earlier run had made."""
 
     @property
     def longest_row(self) -> int:
@@ -109,8 +114,9 @@ def tokenize_splits(
     tokenizer: Any,
     limits: Mapping[str, Limits],
     chat_template: bool | str,
+    cache: Cache = NO_CACHE,
 ) -> TokenizedData:
-    """Tokenise every split, or find what an earlier job of this process made of the same rows.
+    """Tokenise every split, or find what an earlier job of this process, or another run, made of the same rows.
 
     Args:
         splits: Rows of strings.
@@ -118,6 +124,7 @@ def tokenize_splits(
         tokenizer: The model's.
         limits: How long a row may be, by split.
         chat_template: `data.chat_template`: whether rows go through the tokenizer's template; `auto`: if it has one.
+        cache: Where token ids are kept between runs.
 
     Raises:
         UserError: If a template is asked for and there is none.
@@ -130,11 +137,13 @@ def tokenize_splits(
     for before, data in _KEPT:
         if before == asked and data.splits == splits:
             return data
-    datasets, reports = {}, {}
+    datasets, reports, kept = {}, {}, set()
     for name, split in splits.items():
-        made = tokenize_split(split.rows, answers, tokenizer, limits[name], template, split.source)
-        datasets[name], reports[name] = made
-    data = TokenizedData(tokenizer, splits, datasets, reports)
+        key = token_key(split, {"answers": answers, "template": template}, limits[name], tokenizer)
+        make = partial(tokenize_split, split.rows, answers, tokenizer, limits[name], template, split.source)
+        (datasets[name], reports[name]), was_kept = kept_tokens(cache, key, make, split.source)
+        kept |= {name} if was_kept else set()
+    data = TokenizedData(tokenizer, splits, datasets, reports, frozenset(kept))
     _KEPT.append((asked, data))
     return data
 
