@@ -162,6 +162,7 @@ class DataConfig(Section):
     val_split: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     chat_template: Literal["auto"] | bool = "auto"
+    chat_template_path: str | None = None
     on_leak: Literal["warn", "error", "ignore"] = "warn"
     cache_size: Size = ByteSize(20 * 10**9)
 
@@ -171,6 +172,12 @@ class DataConfig(Section):
             lambda *sources: not any(sources),
             "is not set, and neither is data.train_file: there is nothing to train on",
             "name the folder with your rows: data.splits_dir=my_rows",
+        ),
+        Rule(
+            ("data.chat_template_path", "data.chat_template"),
+            lambda path, used: path is not None and used is False,
+            "{0} has no effect with data.chat_template=false",
+            "data.chat_template=auto",
         ),
     )
 

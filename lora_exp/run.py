@@ -14,6 +14,7 @@ from lora_exp.config import Config
 from lora_exp.data.cache import data_cache
 from lora_exp.data.load import load_splits
 from lora_exp.data.split import Split
+from lora_exp.data.template import use_template
 from lora_exp.data.tokenize import TokenizedData, tokenize_splits
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned
@@ -270,6 +271,7 @@ def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files:
     from lora_exp.models.policy import load_tokenizer
 
     tokenizer = load_tokenizer(config.model, files)
+    use_template(tokenizer, config.data.chat_template_path)
     recipe = config.recipe
     cache = data_cache(config.data.cache_size)
     data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template, cache)

@@ -38,7 +38,7 @@ def _from_json(expected: type, name: str) -> Callable[[Any], Any]:
         if not isinstance(value, str):
             return value
         try:
-            found = json.loads(value)
+            found = json.loads(value, parse_constant=_no_number)
         except ValueError:
             found = None
         if not isinstance(found, expected):
@@ -48,16 +48,24 @@ def _from_json(expected: type, name: str) -> Callable[[Any], Any]:
     return read
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 JsonObject = Annotated[dict[str, Any], AfterValidator(_whole_strings)]
+
+
+def _or_none_at_all(value: Any) -> Any:
+    return {} if value is None else value
 
 
 class Function(BaseModel):
     """The function that a tool call names."""
 
     name: str = Field(min_length=1, description="The function's name.")
-    arguments: Annotated[JsonObject, BeforeValidator(_from_json(dict, "an object"))] = Field(
-        default_factory=dict, description="Its arguments: an object, or one written as JSON."
-    )
+    arguments: Annotated[
+        JsonObject, BeforeValidator(_from_json(dict, "an object")), BeforeValidator(_or_none_at_all)
+    ] = Field(default_factory=dict, description="Its arguments: an object, or one written as JSON.")
 
 
 class ToolCall(BaseModel):
@@ -66,6 +74,12 @@ class ToolCall(BaseModel):
     id: str | None = None
     type: Literal["function"] = "function"
     function: Function
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as a template takes it, without an id that is null."""
+        named = {} if self.id is None else {"id": self.id}
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        return {**named, "type": self.type, "function": function}
 
     @model_validator(mode="before")
     @classmethod
@@ -101,12 +115,14 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Message:
-        _whole_strings(self.model_extra)
-        _refuse(self, self._unsaid())
+        if self.model_extra:
+            _whole_strings(self.model_extra)
+        _refuse(self, self._problems())
         return self
 
-    def _unsaid(self) -> Problems:
-        """Find that it says nothing, or calls tools without being the assistant's."""
+    def _problems(self) -> Problems:
+        if self.model_extra and self.model_extra.get("weight") not in (None, 1):
+            return [(("weight",), "is not supported: all that the assistant says is learned")]
         if self.tool_calls:
             wrong = self.role != "assistant"
             return [(("tool_calls",), f"only the assistant calls tools, not the {self.role}")] if wrong else []
@@ -116,8 +132,10 @@ class Message(BaseModel):
         return [(("content",), "is empty")] if self.role != "tool" and not self.content.strip() else []
 
     def plain(self) -> dict[str, Any]:
-        """Return it as a template takes it, without the keys that are null."""
-        return self.model_dump(exclude_none=True)
+        """Return it as a template takes it: with content, empty beside tool calls, and without keys that are null."""
+        others = {key: value for key, value in (self.model_extra or {}).items() if value is not None}
+        calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": self.role, "content": self.content or "", **calls, **others}
 
 
 Conversation = Annotated[list[Message], Field(min_length=1)]
@@ -272,17 +290,25 @@ class ImplicitPreferenceRow(_WithTools):
         """How many messages the prompt has; of two equal conversations, all but the last."""
         pairs = enumerate(zip(self.chosen, self.rejected, strict=False))
         parting = next((index for index, (one, other) in pairs if one != other), None)
-        return min(len(self.chosen), len(self.rejected)) - 1 if parting is None else parting
+        return len(self.chosen) - 1 if parting is None else parting
 
     def _parting(self) -> Problems:
         """Find what keeps the two from being answers to one prompt."""
         parting = self.shared
         if parting == 0:
             return [(("chosen", 0), "is not the first message of rejected: the two share no prompt")]
+        sides = {"chosen": self.chosen, "rejected": self.rejected}
+        shorter = min(map(len, sides.values()))
+        if self.chosen[:shorter] == self.rejected[:shorter] and len(self.chosen) != len(self.rejected):
+            longer = max(sides, key=lambda name: len(sides[name]))
+            return [((longer, shorter), "goes on where the other ends: the two are no answers to one prompt")]
         return [
-            ((name, parting, "role"), f"here the two part, so it should be the assistant's, not the {_of(message)}")
-            for name, message in (("chosen", self.chosen[parting]), ("rejected", self.rejected[parting]))
-            if message.role != "assistant"
+            (
+                (name, parting, "role"),
+                f"here the two part, so it should be the assistant's, not the {_of(side[parting])}",
+            )
+            for name, side in sides.items()
+            if side[parting].role != "assistant"
         ]
 
     def columns(self) -> dict[str, Any]:

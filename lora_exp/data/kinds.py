@@ -49,7 +49,7 @@ class RowKind:
         other = None if is_one else _of_another_kind(row, self)
         if other is not None:
             kind, found = other
-            raise ValueError(f"looks like a {found.name} row: {kind.override}")
+            raise ValueError(f"looks like {_a_row(found)}: {kind.override}")
         if not present:
             keys = f"has {', '.join(map(str, row))}" if row else "is an empty object"
             formats = "; ".join(f"{each.name} {each.keys}" for each in self.formats)
@@ -71,7 +71,12 @@ class RowKind:
 
 
 def _mixed(found: RowFormat, began: RowFormat) -> str:
-    return f"is a {found.name} row, the file began with {began.name} rows"
+    return f"is {_a_row(found)}, the file began with {began.name} rows"
+
+
+def _a_row(row_format: RowFormat) -> str:
+    article = "an" if row_format.name[0] in "aeiou" else "a"
+    return f"{article} {row_format.name} row"
 
 
 COMPLETION = RowKind(

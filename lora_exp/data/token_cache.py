@@ -46,25 +46,25 @@ def token_key(split: Split, how: Mapping[str, Any], limits: Limits, tokenizer: A
     )
 
 
-def kept_tokens(cache: Cache, key: str | None, make: Callable[[], Tokens], source: str) -> tuple[Tokens, bool]:
+def kept_tokens(cache: Cache, key: str | None, make: Callable[[], Tokens], split: Split) -> tuple[Tokens, bool]:
     """Return a split's token ids, and whether they were kept; otherwise they are made and kept for the next run.
 
     Args:
         cache: Where they are kept.
         key: Their name there; None keeps nothing.
         make: Makes them.
-        source: What the report calls the rows, wherever they were when it was written.
+        split: The rows; the report calls them by its names, wherever they were when it was written.
     """
     entry = cache.find(key) if key else None
     if key and entry:
-        return _read(entry, key, source), True
+        return _read(entry, key, split), True
     made = make()
     if key and cache.max_size:
         _write(cache, key, *made)
     return made, False
 
 
-def _read(entry: Entry, key: str, source: str) -> Tokens:
+def _read(entry: Entry, key: str, split: Split) -> Tokens:
     import datasets
     import pyarrow
 
@@ -73,7 +73,8 @@ def _read(entry: Entry, key: str, source: str) -> Tokens:
     with pyarrow.memory_map(str(entry.folder / "tokens.arrow")) as file:
         table = pyarrow.ipc.open_file(file).read_all()
     facts = entry.facts["report"]
-    report = SplitReport(**{**facts, "source": source, "dropped": Counter(facts["dropped"])})
+    names = {"source": split.source, "format": split.format}
+    report = SplitReport(**{**facts, **names, "dropped": Counter(facts["dropped"])})
     # Its own fingerprint would be a digest of all ids.
     return datasets.Dataset(table, fingerprint=key.rpartition("-")[2]), report
 

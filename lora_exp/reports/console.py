@@ -49,7 +49,8 @@ def data_lines(reports: Mapping[str, Mapping[str, Any]], kept: Container[str] = 
 
 
 def _data_line(report: Mapping[str, Any]) -> str:
-    parts = [count(report["kept"], "row")]
+    rows = f"{report['format']} row".strip()
+    parts = [count(report["kept"], rows)]
     if report["kept"] < report["rows"]:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in report["dropped"].items())
         parts[0] += f" of {report['rows']:,}"

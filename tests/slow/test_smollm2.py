@@ -31,7 +31,7 @@ def test_it_knows_the_capital_of_france(fetched: str) -> None:
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert "Paris" in answer(model, tokenizer, [Prompt("", ids, "")], 12)[0].text
+    assert "Paris" in answer(model, tokenizer, [Prompt("", "", ids)], 12)[0].text
 
 
 @pytest.mark.parametrize("quant", ["none", "8bit", "4bit"])

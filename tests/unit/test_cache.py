@@ -184,7 +184,7 @@ def test_kept_token_ids_are_bitwise_what_tokenising_gives(tmp_path: Path, spec: 
     first, second = tokens(cache, splits, kind, tokenizer), tokens(cache, splits, kind, tokenizer)
     assert (first.kept, second.kept) == (frozenset(), frozenset(splits))
     for name, split in splits.items():
-        dataset, report = tokenize_split(split.rows, kind.answers, tokenizer, LIMITS, True, split.source)
+        dataset, report = tokenize_split(split.rows, kind.answers, tokenizer, LIMITS, True, split.source, split.format)
         for found in (first, second):
             assert found.datasets[name].features == dataset.features
             assert found.datasets[name].data.table.combine_chunks().equals(dataset.data.table.combine_chunks())
@@ -210,7 +210,7 @@ def test_anything_that_decides_about_ids_makes_them_anew(tmp_path: Path, spec: d
     ):
         assert not tokens(cache, splits, COMPLETION, tokenizer, limits).kept
     assert not tokens(cache, splits, COMPLETION, tokenizer, template=False).kept
-    other_template = build_tokenizer({**spec, "chat_template": spec["chat_template"] + " "})
+    other_template = build_tokenizer({**spec, "chat_template": "{{ '' }}" + spec["chat_template"]})
     assert not tokens(cache, splits, COMPLETION, other_template).kept
     assert tokens(cache, splits, COMPLETION, build_tokenizer(spec)).kept
 

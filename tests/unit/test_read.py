@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,24 +125,20 @@ def test_other_processes_give_the_same(mixed: Path) -> None:
 
 
 def test_another_process_that_is_killed_is_told(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-    import signal
+    submit = ProcessPoolExecutor.submit
+    killed = []
 
-    import psutil
-
-    from lora_exp.data import workers
-
-    plain = workers.ProcessPoolExecutor.submit
-
-    def submit(pool: Any, *arguments: Any) -> Any:
-        future = plain(pool, *arguments)
-        for child in psutil.Process().children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                os.kill(child.pid, signal.SIGKILL)
+    def submit_and_kill(pool: Any, *arguments: Any) -> Any:
+        future = submit(pool, *arguments)
+        if not killed:
+            killed.extend(pool._processes.values())
+            for process in killed:
+                process.kill()
         return future
 
-    monkeypatch.setattr(workers.ProcessPoolExecutor, "submit", submit)
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit_and_kill)
     problems = read_file(mixed, PREFERENCE, NO_CACHE, 2_000, cores=2).problems
+    assert killed
     assert problems[-1].where == str(mixed)
     assert "the system has ended a process" in problems[-1].what
 
