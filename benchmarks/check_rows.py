@@ -38,7 +38,7 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> None:
 
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
-            row = {"prompt": text(2, 6), "chosen": text(3, 8), "rejected": text(3, 8)}
+            row = {"prompt": text(2, 6), "chosen": text(3, 9), "rejected": text(3, 9)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

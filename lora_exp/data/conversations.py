@@ -64,14 +64,16 @@ class Function(BaseModel):
 
     name: str = Field(min_length=1, description="The function's name.")
     arguments: Annotated[
-        JsonObject, BeforeValidator(_from_json(dict, "an object")), BeforeValidator(_or_none_at_all)
+        JsonObject,
+        BeforeValidator(_from_json(dict, "an object"), json_schema_input_type=dict[str, Any] | str),
+        BeforeValidator(_or_none_at_all, json_schema_input_type=dict[str, Any] | str),
     ] = Field(default_factory=dict, description="Its arguments: an object, or one written as JSON.")
 
 
 class ToolCall(BaseModel):
     """What the assistant asks a tool for; `{"name": ..., "arguments": ...}` alone is taken for its function."""
 
-    id: str | None = None
+    id: str | None = Field(None, description="What the tool's message names it by; some templates ask for it.")
     type: Literal["function"] = "function"
     function: Function
 
@@ -204,21 +206,26 @@ def _tools(tools: list[Any]) -> list[Any]:
     return tools
 
 
-Tools = Annotated[list[JsonObject], BeforeValidator(_from_json(list, "a list of JSON schemas")), AfterValidator(_tools)]
+Tools = Annotated[
+    list[JsonObject],
+    BeforeValidator(_from_json(list, "a list of JSON schemas"), json_schema_input_type=list[dict[str, Any]] | str),
+    AfterValidator(_tools),
+]
+AnyTools = Annotated[
+    Tools | None, Field(description="JSON schemas of the tools that may be called: a list, or one written as JSON.")
+]
 
 
-class _WithTools(Row):
-    tools: Tools | None = Field(None, description="JSON schemas of the tools that may be called, or a list as JSON.")
-
-    def with_tools(self, columns: dict[str, Any]) -> dict[str, Any]:
-        return {**columns, "tools": self.tools} if self.tools else columns
+def _with_tools(columns: dict[str, Any], tools: list[Any] | None) -> dict[str, Any]:
+    return {**columns, "tools": tools} if tools else columns
 
 
-class MessagesRow(_WithTools):
+class MessagesRow(Row):
     """A conversation: TRL's conversational language modeling format."""
 
     marks = {"messages": list}
     messages: Conversation = Field(description="The conversation; the loss is on every message of the assistant.")
+    tools: AnyTools = None
 
     @model_validator(mode="after")
     def _check(self) -> MessagesRow:
@@ -228,15 +235,16 @@ class MessagesRow(_WithTools):
 
     def columns(self) -> dict[str, Any]:
         """Return `messages`."""
-        return self.with_tools({"messages": _plain(self.messages)})
+        return _with_tools({"messages": _plain(self.messages)}, self.tools)
 
 
-class CompletionMessagesRow(_WithTools):
+class CompletionMessagesRow(Row):
     """A prompt and its completion as lists of messages."""
 
     marks = {"prompt": list, "completion": list}
     prompt: Conversation = Field(description="What was said before.")
     completion: Conversation = Field(description="The answer; the loss is on the assistant's messages in it.")
+    tools: AnyTools = None
 
     @model_validator(mode="after")
     def _check(self) -> CompletionMessagesRow:
@@ -245,16 +253,17 @@ class CompletionMessagesRow(_WithTools):
 
     def columns(self) -> dict[str, Any]:
         """Return `prompt` and `completion`."""
-        return self.with_tools({"prompt": _plain(self.prompt), "completion": _plain(self.completion)})
+        return _with_tools({"prompt": _plain(self.prompt), "completion": _plain(self.completion)}, self.tools)
 
 
-class PreferenceMessagesRow(_WithTools):
+class PreferenceMessagesRow(Row):
     """A prompt with two answers as lists of messages."""
 
     marks = {"prompt": list, "chosen": list, "rejected": list}
     prompt: Conversation = Field(description="What was said before.")
     chosen: Conversation = Field(description="The answer that was preferred.")
     rejected: Conversation = Field(description="The answer that was not.")
+    tools: AnyTools = None
 
     @model_validator(mode="after")
     def _check(self) -> PreferenceMessagesRow:
@@ -267,15 +276,16 @@ class PreferenceMessagesRow(_WithTools):
     def columns(self) -> dict[str, Any]:
         """Return `prompt`, `chosen` and `rejected`."""
         columns = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
-        return self.with_tools({name: _plain(messages) for name, messages in columns.items()})
+        return _with_tools({name: _plain(messages) for name, messages in columns.items()}, self.tools)
 
 
-class ImplicitPreferenceRow(_WithTools):
+class ImplicitPreferenceRow(Row):
     """Two conversations that begin alike: the prompt is what they share, as TRL's `extract_prompt` has it."""
 
     marks = {"chosen": list, "rejected": list}
     chosen: Conversation = Field(description="The conversation with the answer that was preferred.")
     rejected: Conversation = Field(description="The conversation with the answer that was not.")
+    tools: AnyTools = None
 
     @model_validator(mode="after")
     def _check(self) -> ImplicitPreferenceRow:
@@ -314,4 +324,5 @@ class ImplicitPreferenceRow(_WithTools):
     def columns(self) -> dict[str, Any]:
         """Return `prompt`, `chosen` and `rejected`."""
         chosen, rejected, shared = _plain(self.chosen), _plain(self.rejected), self.shared
-        return self.with_tools({"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]})
+        columns = {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+        return _with_tools(columns, self.tools)

@@ -91,8 +91,10 @@ def repeated_rows(looked: Looked) -> Finding | None:
         seen.add(mark)
     if not times:
         return None
-    what = count(times, "row stands in it before already", "rows stand in it before already")
-    return Finding("repeated_rows", times, what, place(looked.source, first), "each counts as often as it stands there")
+    what = count(times, "row repeats an earlier one", "rows repeat earlier ones")
+    return Finding(
+        "repeated_rows", times, what, place(looked.source, first), "each is learned from as often as it stands there"
+    )
 
 
 def shared_rows(train: Looked, val: Looked) -> list[Pair]:

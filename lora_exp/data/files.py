@@ -266,14 +266,15 @@ def _stream(batch: pyarrow.RecordBatch) -> bytes:
 
 
 def arrow_rows(data: bytes) -> list[dict[str, Any]]:
-    """Return the rows of an Arrow stream as JSON would have them: no key where there is no value, times as ISO 8601."""
+    """Return the rows of an Arrow stream as JSON would have them: times as ISO 8601, no nulls inside objects."""
     import pyarrow
 
-    return [_plain(row) for row in pyarrow.ipc.open_stream(data).read_all().to_pylist()]
+    rows = pyarrow.ipc.open_stream(data).read_all().to_pylist()
+    return [{key: _plain(item) for key, item in row.items()} for row in rows]
 
 
 def _plain(value: Any) -> Any:
-    """Columns of objects have the keys of all rows; null stands where a row has it not."""
+    # The objects of a column have the keys of all of them; null stands where one has it not.
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from lora_exp.config import DataConfig
 from lora_exp.data.formats import RowFormat
 from lora_exp.data.jsonl import SHOWN
-from lora_exp.data.kinds import RowKind
+from lora_exp.data.kinds import OtherRecipeError, RowKind
 from lora_exp.data.reasons import reasons
 from lora_exp.data.split import Split
 from lora_exp.errors import Problem, UserError, count
@@ -96,6 +96,8 @@ class _Source:
         if not absent and len(self.dataset):
             try:
                 row_format = self.kind.recognise(next(iter(self._rows())))
+            except OtherRecipeError as error:
+                return [Problem(self.name, str(error))]
             except ValueError as error:
                 return [Problem(self.name, str(error), _mapping(["prompt", *self.kind.answers]))]
             absent = [name for name in _required(row_format) if name not in self.columns]
@@ -118,13 +120,29 @@ class _Source:
         return Split(rows, self.name, row_format.name if row_format else "")
 
     def _rows(self) -> Iterator[dict[str, Any]]:
+        features = self.dataset.features
         for row in self.dataset:
-            yield {ours: row[theirs] for ours, theirs in self.columns.items()}
+            yield {ours: _without_nulls(row[theirs], features[theirs]) for ours, theirs in self.columns.items()}
 
     def _bad(self, number: int, what: str) -> None:
         self.bad_rows += 1
         if len(self.problems) < SHOWN:
             self.problems.append(Problem(f"{self.name}:{number}", what))
+
+
+def _without_nulls(value: Any, feature: Any) -> Any:
+    """Leave out the keys of an object that are null because another row's object has them.
+
+    Arrow gives all objects of a column the same keys: the arguments of one tool those of every other. Columns that keep
+    JSON as it was written (`datasets.Json`) are left as they are.
+    """
+    inner = getattr(feature, "feature", None)  # of a datasets.List
+    if isinstance(value, dict) and isinstance(feature, dict):
+        present = {key: each for key, each in value.items() if each is not None}
+        return {key: _without_nulls(each, feature[key]) for key, each in present.items()}
+    if isinstance(value, list) and inner is not None:
+        return [_without_nulls(each, inner) for each in value]
+    return value
 
 
 def _required(row_format: RowFormat) -> list[str]:

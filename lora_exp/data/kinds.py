@@ -19,6 +19,10 @@ IGNORED = -100
 """The label of a token that carries no loss (torch.nn.CrossEntropyLoss's ignore_index)."""
 
 
+class OtherRecipeError(ValueError):
+    """A row that another recipe learns from."""
+
+
 @dataclass(frozen=True)
 class RowKind:
     """One kind of row.
@@ -41,15 +45,15 @@ class RowKind:
         """Return the format of the first row of a file or a data set. Whether the row is right is another question.
 
         Raises:
-            ValueError: If it has none; the message names what the row has, and the formats that there are or the
-                recipe that learns from such rows.
+            OtherRecipeError: If it is a row that another recipe learns from, which the message names.
+            ValueError: If it has no format; the message names what the row has, and the formats that there are.
         """
         best = max(self.formats, key=lambda each: each.likeness(row))
         is_one, _, present = best.likeness(row)
         other = None if is_one else _of_another_kind(row, self)
         if other is not None:
             kind, found = other
-            raise ValueError(f"looks like {_a_row(found)}: {kind.override}")
+            raise OtherRecipeError(f"looks like {_a_row(found)}: {kind.override}")
         if not present:
             keys = f"has {', '.join(map(str, row))}" if row else "is an empty object"
             formats = "; ".join(f"{each.name} {each.keys}" for each in self.formats)

@@ -26,4 +26,5 @@ def load_preference_jsonl(path: str | Path) -> Dataset:
     (file,) = read_files([Path(path)], PREFERENCE, NO_CACHE)
     from datasets import Dataset
 
-    return Dataset.from_list(list(file.rows))
+    # Messages are kept as they are: Arrow alone would give every message the keys of all others.
+    return Dataset.from_list(list(file.rows), on_mixed_types="use_json")

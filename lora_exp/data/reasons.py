@@ -9,9 +9,10 @@ from pydantic import ValidationError
 
 
 def json_type(value: object) -> str:
-    """Return what JSON calls a value, with its article: `a string`."""
+    """Return what JSON calls a value, with its article: `a string`. A data set has others too: `a datetime`."""
     names = {str: "a string", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    number = type(value) in (int, float)
+    return names.get(type(value), "a number" if number else f"a {type(value).__name__}")
 
 
 def reasons(error: ValidationError) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
 from lora_exp.data.formats import Row, whole_characters
 
@@ -24,6 +24,11 @@ def _iso_8601(value: str) -> str:
     except (ValidationError, ValueError):
         raise ValueError(f"{value!r} is not an ISO 8601 time such as 2026-01-05T08:11:00Z") from None
     return value
+
+
+def _written(value: Any) -> Any:
+    """Write a time out: `load_dataset` makes one of a string that looks like it."""
+    return value.isoformat() if isinstance(value, datetime) else value
 
 
 class Inputs(BaseModel):
@@ -47,6 +52,7 @@ class Meta(BaseModel):
     source: Text = Field(description="Who or what made the row.")
     timestamp: Annotated[
         str,
+        BeforeValidator(_written),
         StringConstraints(strip_whitespace=True),
         AfterValidator(_iso_8601),
         Field(description="When, as ISO 8601.", json_schema_extra={"format": "date-time"}),

@@ -40,7 +40,7 @@ def token_key(split: Split, how: Mapping[str, Any], limits: Limits, tokenizer: A
         limits=dataclasses.asdict(limits),
         backend=backend.to_str(),
         template=template,
-        special=tokenizer.special_tokens_map,
+        special=[tokenizer.special_tokens_map, tokenizer.all_special_tokens],
         # A template may write the day into every prompt.
         day=str(date.today()) if "strftime_now" in template else None,
     )
@@ -89,4 +89,4 @@ def _write(cache: Cache, key: str, dataset: Dataset, report: SplitReport) -> Non
             pyarrow.ipc.new_file(file, table.schema) as stream,
         ):
             stream.write_table(table)
-        cache.keep(folder, key, {"report": dataclasses.asdict(report)})
+        cache.keep(folder, key, {"report": vars(report)})

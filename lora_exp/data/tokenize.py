@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,10 +59,13 @@ class SplitReport:
     answer_lengths: list[int] = field(default_factory=list)
     longest_row: int = 0
     """Tokens of a prompt with the longest of its answers."""
+    unended: int = 0
+    """Rows with an answer that no special token ends, from which a model does not learn to stop."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for `data_report.json`, lengths as min, median and max over what was kept."""
-        summary = asdict(self)
+        # asdict makes pairs into the keys of a Counter (Python 3.10, 3.11).
+        summary = {**vars(self), "dropped": dict(self.dropped)}
         for name in ("prompt_lengths", "answer_lengths"):
             lengths = summary.pop(name)
             spread = {"min": min(lengths), "median": median(lengths), "max": max(lengths)} if lengths else None
@@ -207,6 +210,28 @@ class Encoded:
         """Return how many tokens of each answer carry the loss."""
         return [len(ids) for ids in self.answers] if self.scored is None else [sum(self.scored)]
 
+    @property
+    def messages(self) -> list[Ids]:
+        """Return the tokens that carry the loss, those that follow one another together."""
+        if self.scored is None:
+            return self.answers
+        runs = groupby(zip(self.answers[0], self.scored, strict=True), key=lambda pair: pair[1])
+        return [[token for token, _ in run] for scored, run in runs if scored]
+
+
+def _special_tokens(tokenizer: Any) -> frozenset[int]:
+    return frozenset([*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids])
+
+
+def _ends(ids: Ids, special: frozenset[int], tokenizer: Any) -> bool:
+    """Whether a special token ends an answer, apart from blanks behind it; TRL asks the same of a template."""
+    for token in reversed(ids[-4:]):
+        if token in special:
+            return True
+        if tokenizer.decode([token]).strip():
+            return False
+    return False
+
 
 def tokenize_split(
     rows: Sequence[Mapping[str, Any]],
@@ -229,7 +254,7 @@ def tokenize_split(
     """
     from datasets import Dataset
 
-    report, refusals = SplitReport(source, format), Refusals(source, tokenizer)
+    report, refusals, special = SplitReport(source, format), Refusals(source, tokenizer), _special_tokens(tokenizer)
     columns: dict[str, list[Any]] = {"row": [], "prompt_ids": [], **{f"{name}_ids": [] for name in answers}}
     masks: list[list[int]] = []
     gaps = False
@@ -240,6 +265,7 @@ def tokenize_split(
         cut = _cut(encoded, limits, report)
         if cut is None:
             continue
+        report.unended += not all(_ends(ids, special, tokenizer) for ids in encoded.messages)
         gaps = gaps or cut.scored is not None
         masks.append(cut.scored or [1] * len(cut.answers[0]))
         for column, value in zip(columns.values(), [row, cut.prompt, *cut.answers], strict=True):
@@ -258,20 +284,21 @@ def _encoded(
     while batch := list(islice(remaining, BATCH)):
         rendered = [_rendered(row, answers, tokenizer, template) for row in batch]
         texts = [text for each in rendered if isinstance(each, Rendered) for text in (each.prompt, *each.wholes)]
-        encodings = iter(_encode(texts, tokenizer, add_special_tokens=not chat_template))
+        spans = any(isinstance(each, Rendered) and each.spans for each in rendered)
+        encodings = iter(_encode(texts, tokenizer, spans and tokenizer.is_fast, add_special_tokens=not chat_template))
         for each in rendered:
             yield _parted(each, [next(encodings) for _ in (0, *answers)]) if isinstance(each, Rendered) else each
 
 
 Offsets = list[tuple[int, int]]
-"""For each token where it begins and ends in the text; empty if the tokenizer cannot tell."""
+"""For each token where it begins and ends in the text; empty if nobody asked or the tokenizer cannot tell."""
 
 
-def _encode(texts: list[str], tokenizer: Any, add_special_tokens: bool) -> list[tuple[Ids, Offsets]]:
+def _encode(texts: list[str], tokenizer: Any, places: bool, add_special_tokens: bool) -> list[tuple[Ids, Offsets]]:
     if not texts:
         return []
-    made = tokenizer(texts, add_special_tokens=add_special_tokens, return_offsets_mapping=tokenizer.is_fast)
-    offsets = made["offset_mapping"] if tokenizer.is_fast else [[] for _ in texts]
+    made = tokenizer(texts, add_special_tokens=add_special_tokens, return_offsets_mapping=places)
+    offsets = made["offset_mapping"] if places else [[] for _ in texts]
     return list(zip(made["input_ids"], offsets, strict=True))
 
 

@@ -46,6 +46,9 @@ def data_lines(reports: Mapping[str, Mapping[str, Any]], kept: Container[str] = 
     """Print what became of each split's rows, and of which an earlier run had made the token ids."""
     for split, report in reports.items():
         say(split, _data_line(report) + (" · from the cache" if split in kept else ""))
+        if report["unended"]:
+            rows = count(report["unended"], "row")
+            note(f"{rows} of {split} with an answer that no special token ends: the model does not learn to stop there")
 
 
 def _data_line(report: Mapping[str, Any]) -> str:

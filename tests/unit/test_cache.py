@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,8 @@ def tokens(
 def test_kept_token_ids_are_bitwise_what_tokenising_gives(tmp_path: Path, spec: dict[str, Any], kind: RowKind) -> None:
     cache, tokenizer = Cache(tmp_path, 10**9), build_tokenizer(spec)
     splits = load_splits(DataConfig(splits_dir="pkg://lora_exp.data.sample"), kind)
+    dropped = {"prompt": "p" * 70, "completion": "", "chosen": "same", "rejected": "same"}
+    splits = {name: replace(split, rows=[*split.rows, dropped]) for name, split in splits.items()}
     first, second = tokens(cache, splits, kind, tokenizer), tokens(cache, splits, kind, tokenizer)
     assert (first.kept, second.kept) == (frozenset(), frozenset(splits))
     for name, split in splits.items():
@@ -190,6 +193,7 @@ def test_kept_token_ids_are_bitwise_what_tokenising_gives(tmp_path: Path, spec: 
             assert found.datasets[name].data.table.combine_chunks().equals(dataset.data.table.combine_chunks())
             assert found.datasets[name].to_list() == dataset.to_list()
             assert found.reports[name] == report
+    assert all(report.dropped for report in second.reports.values()) or kind is COMPLETION
     assert all(report.cut_answers and report.cut_prompts for report in second.reports.values())
     assert second.longest_row == first.longest_row
 

@@ -332,6 +332,24 @@ def test_a_template_that_marks_too_little_is_refused(words: Any) -> None:
     assert "{% generation %}" in told
 
 
+NO_END = CHATML.replace("+ '<|im_end|>' ", "")
+END_OF_THE_NEXT = (
+    "{% for message in messages %}{% if not loop.first %}{{ '<|im_end|>' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_end|><|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "unended"),
+    [(CHATML, 0), (LLAMA3, 0), (GEMMA, 0), (MISTRAL, 0), (NO_END, 1), (END_OF_THE_NEXT, 1)],
+    ids=["ChatML", "Llama 3", "Gemma", "Mistral", "none", "before the next message"],
+)
+def test_rows_whose_answers_no_special_token_ends_are_counted(words: Any, template: str, unended: int) -> None:
+    assert encoded({"messages": TURNS}, words, template)[1].unended == unended
+    assert encoded({"prompt": "Where?", "completion": "There."}, words, template)[1].unended == unended
+
+
 # Any conversation.
 
 

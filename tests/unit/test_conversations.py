@@ -205,7 +205,7 @@ def test_all_that_is_wrong_with_messages_is_told_at_once(tmp_path: Path, write_j
     row = messages(user(""), says("bot", "x"), {"role": "assistant"}, 3, tools=[{}])
     (problem,) = refusal(write_jsonl(tmp_path / "rows.jsonl", [row]), COMPLETION).problems
     assert [part.partition(": ")[0] for part in problem.what.split("; ")] == [
-        "tools", "messages.0.content", "messages.1.role", "messages.2.content", "messages.3",
+        "messages.0.content", "messages.1.role", "messages.2.content", "messages.3", "tools",
     ]  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def test_rows_that_stand_twice_are_counted(findings: Any, preference: Make, tmp_
     rows = [preference(prompt="a"), "", preference(prompt="b"), preference(prompt="a"), preference(prompt="a ")]
     found = findings([*rows, rows[0]])["repeated_rows"]
     assert (found.number, found.first) == (2, f"{tmp_path}/train.jsonl:4")
-    assert str(found).startswith(f"2 rows stand in it before already (first: {found.first})")
+    assert str(found).startswith(f"2 rows repeat earlier ones (first: {found.first})")
 
 
 def test_keys_that_are_left_out_make_no_other_row(findings: Any, preference: Make) -> None:
