@@ -71,7 +71,7 @@ def _without_plus(override: str) -> str:
 
 def _check_run(composer: Composer, overrides: list[str]) -> None:
     """Compose and check a single run; its folder must be free."""
-    from lora_exp.run_folder import holds_run, taken
+    from lora_exp.run_folder import holds_run, links_out, taken
 
     composed = composer.compose(overrides, check_values=True)
     # Said here too, because Hydra writes to the folder before the run itself can look.
@@ -79,6 +79,8 @@ def _check_run(composer: Composer, overrides: list[str]) -> None:
         folder = Path(composed.output_dir)
         if holds_run(folder):
             raise UserError("the run cannot start", [taken(folder)])
+    if problems := links_out(Path(composed.output_dir)):
+        raise UserError("the run cannot start", problems)
 
 
 def resumed_overrides(overrides: list[str]) -> list[str]:

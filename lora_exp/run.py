@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +16,24 @@ from lora_exp.data.tokenize import TokenizedData, tokenize_splits
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned
 from lora_exp.machine import (
+    ask_for_determinism,
     device_facts,
     isolated_job,
     keep_freed_memory,
     peak_memory_bytes,
     reset_peak_memory,
+    told_if_nondeterministic,
     use_threads,
 )
 from lora_exp.models.source import adapter_dir, model_files
+from lora_exp.provenance import adapter_facts, data_facts
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
 from lora_exp.reports import console
-from lora_exp.reports.page import write_page
+from lora_exp.reports.page import REMOTE_CODE, write_page
 from lora_exp.rules import flatten
 from lora_exp.run_folder import RunFolder, read_jsonl
+from lora_exp.secrets.masking import masked_config
 from lora_exp.sweeps.earlier import earlier_trial
 from lora_exp.sweeps.identity import identity_of
 from lora_exp.sweeps.trials import directions_of
@@ -55,6 +59,7 @@ class Launch:
         sweep: The name of the multirun that it is a job of.
         name: What it is called at a tracker.
         trial: Which trial of a search it is.
+        before_training: Told what `run.json` says, once all that the run is made of is loaded; may raise.
     """
 
     folder: Path
@@ -62,6 +67,7 @@ class Launch:
     sweep: str | None = None
     name: str = ""
     trial: SearchTrial | None = None
+    before_training: Callable[[Mapping[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
     """
     config = validate(composed)
     composed.output_dir = str(launch.folder)
-    resolved: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    written = masked_config(composed)
+    resolved: dict[str, Any] = OmegaConf.to_container(written)  # type: ignore[assignment]
     identity = identity_of(resolved)
     before = earlier_trial(launch.folder, identity) if launch.sweep else None
     # What a search has pruned a grid runs to its end.
@@ -111,7 +118,7 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
     resumed = goes_on or before is not None
     try:
         facts = {"identity": identity, **_facts(config, launch)}
-        with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed, **facts):
+        with isolated_job(), folder.open(OmegaConf.to_yaml(written), resumed, **facts), told_if_nondeterministic():
             objectives = _run(config, folder, launch, info, checkpoint, start)
     except Pruned as reason:
         write_page(folder.path)
@@ -155,19 +162,25 @@ def _run(
         _store(config).close()  # a place that cannot be written is told before anything is loaded
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
+        folder.note(data=data_facts(splits), start_adapter=adapter_facts(start))
     keep_freed_memory()
     console.say("machine", use_threads(config.engine.num_threads))
+    if config.deterministic:
+        console.say("bits", ask_for_determinism(config.seed))
     reset_peak_memory()
     prepared = prepare_training(config, folder, splits, start)
     policy = prepared.policy
     folder.note(
         device=device_facts(policy.device),
+        base=policy.base,
         trainable_parameters=policy.trainable_parameters,
         target_modules=policy.target_modules,
         engine=prepared.engine.name,
         reference={"model": policy.reference if config.recipe.needs_reference else None, "computed": 0, "reused": 0},
     )
 
+    if launch.before_training is not None:
+        launch.before_training(folder.facts)
     tracker = Guarded.start(config.tracker, info)
     failed_to_start = tracker.failure
     console.say("tracker", failed_to_start or tracker.where or "none")
@@ -205,6 +218,7 @@ def _facts(config: Config, launch: Launch) -> dict[str, Any]:
         "objective_name": config.objectives[0],
         "direction": directions_of(config.objectives, config.direction)[0],
         "headline": config.recipe.headline,
+        "trust_remote_code": config.model.trust_remote_code,
         "choices": dict(launch.choices),
     }
 
@@ -247,6 +261,7 @@ def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
     model = config.model.pretrained_model_name_or_path
     adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
     lora = config.lora
+    code = [("code", REMOTE_CODE)] if config.model.trust_remote_code else []
     return [
         *trial,
         (
@@ -254,6 +269,7 @@ def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
             f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}",
         ),
         ("model", f"{chosen.get('model', '')} ({model}){adapter}".strip()),
+        *code,
         ("quant", chosen.get("quant", "") or config.quant.target or "none"),
         (
             "lora",

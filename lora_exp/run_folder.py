@@ -5,30 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_exp.errors import Problem, Pruned, UserError
+from lora_exp.provenance import git_state, versions
+from lora_exp.secrets.masking import masked
 
 Status = Literal["running", "finished", "failed", "pruned"]
-PACKAGES = (
-    "lora_exp",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "accelerate",
-    "hydra-core",
-)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -60,34 +48,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON Lines file that was appended to; a last line that a kill has torn is left out."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     return [json.loads(line) for line in lines[:-1]]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_state() -> dict[str, Any] | None:
-    """Return the commit of the working folder's repository and whether files differ from it."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)  # noqa: S603
-        changes = subprocess.run(
-            ["git", "status", "--porcelain"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
 
 
 class RunFolder:
@@ -151,12 +111,12 @@ class RunFolder:
         self.write_json("run.json", {**self.facts, "wall_times": self.wall_times})
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file of the folder."""
-        write_whole(self.path / name, to_json(value) + "\n")
+        """Write a JSON file of the folder, secrets masked."""
+        write_whole(self.path / name, to_json(masked(value)) + "\n")
 
     def write_jsonl(self, name: str, rows: list[Any]) -> None:
-        """Write a JSON Lines file of the folder."""
-        write_whole(self.path / name, "".join(to_json(row, indent=None) + "\n" for row in rows))
+        """Write a JSON Lines file of the folder, secrets masked."""
+        write_whole(self.path / name, "".join(to_json(row, indent=None) + "\n" for row in masked(rows)))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -171,6 +131,8 @@ class RunFolder:
         run_json = self.path / "run.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if problems := links_out(self.path):
+                raise UserError("the run cannot start", problems)
             if not resumed and run_json.exists() and not holds_run(self.path):
                 run_json.unlink()
             with run_json.open("r" if resumed else "x"):
@@ -196,6 +158,19 @@ def holds_run(path: Path) -> bool:
         return bool(json.loads(run_json.read_text(encoding="utf-8")).get("status") != "failed")
     except json.JSONDecodeError:
         return True
+
+
+def links_out(path: Path) -> list[Problem]:
+    """Return a problem for each link in a folder that leads out of it: what the run writes would go elsewhere."""
+    inside, problems = path.resolve(), []
+    for folder, folders, files in os.walk(path):
+        links = [Path(folder) / name for name in [*folders, *files] if (Path(folder) / name).is_symlink()]
+        problems += [
+            Problem(str(link), f"is a link that leads out of the run folder, to {link.resolve()}", "remove it first")
+            for link in links
+            if not link.resolve().is_relative_to(inside)
+        ]
+    return problems
 
 
 def taken(path: Path) -> Problem:

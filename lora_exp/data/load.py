@@ -17,10 +17,19 @@ from lora_exp.errors import Problem, UserError, count
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split: `prompt` and one string for each answer; and where they come from."""
+    """The rows of one split: `prompt` and one string for each answer; and where they come from.
+
+    Args:
+        rows: The rows.
+        source: What they are called in messages and reports.
+        files: The files of this machine that they were read from.
+        revision: What `datasets` calls the state of a data set; None for rows of our own files.
+    """
 
     rows: list[dict[str, str]]
     source: str
+    files: tuple[Path, ...] = ()
+    revision: str | None = None
 
 
 def load_splits(config: DataConfig, kind: RowKind) -> dict[str, Split]:
@@ -45,7 +54,7 @@ def _from_files(config: DataConfig, kind: RowKind) -> dict[str, Split]:
         )
     rows = read_all([JsonlFile[Any](path, kind.file_row) for path in found.values()])
     return {
-        split: Split([row.columns() for row in split_rows], _source(path, config.splits_dir))
+        split: Split([row.columns() for row in split_rows], _source(path, config.splits_dir), (path,))
         for (split, path), split_rows in zip(found.items(), rows, strict=True)
     }
 
@@ -85,8 +94,9 @@ def _from_load_dataset(config: DataConfig, kind: RowKind) -> dict[str, Split]:
     splits: dict[str, Split] = {}
     problems = _unknown_columns(config, kind)
     for split, name in wanted.items():
-        rows, bad = _checked(_load_dataset(config, name), config, kind.column_row, f"{config.path}[{name}]")
-        splits[split] = Split(rows, f"{config.path}[{name}]")
+        dataset = _load_dataset(config, name)
+        rows, bad = _checked(dataset, config, kind.column_row, f"{config.path}[{name}]")
+        splits[split] = Split(rows, f"{config.path}[{name}]", _local_files(dataset), dataset._fingerprint)
         problems += bad
     if problems:
         shown = problems[:SHOWN]
@@ -117,6 +127,11 @@ def _load_dataset(config: DataConfig, split: str) -> Any:
         raise UserError("the data cannot be loaded", [where]) from error
     finally:
         datasets.enable_progress_bars()
+
+
+def _local_files(dataset: Any) -> tuple[Path, ...]:
+    """Return the files that a data set was made of, where they lie on this machine."""
+    return tuple(path for path in map(Path, dataset.download_checksums or {}) if path.is_file())
 
 
 def _checked(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from lora_exp.config import Section
+from lora_exp.secrets.masking import masked
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class RunInfo:
 
     Args:
         folder: The run folder.
-        config: The resolved config.
+        config: The resolved config, secrets masked.
         name: The run's name.
         group: The sweep that it belongs to, if any.
         job_type: The recipe's name.
@@ -118,12 +119,12 @@ class Guarded(ActiveRun):
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Record the final numbers, if the tracker still works."""
         if self.working is not None:
-            self._attempt(self.working.summarize, summary)
+            self._attempt(self.working.summarize, masked(summary))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a table, if the tracker still works."""
         if self.working is not None and rows:
-            self._attempt(self.working.table, name, rows)
+            self._attempt(self.working.table, name, masked(rows))
 
     def adapter(self, folder: Path) -> None:
         """Record the adapter, if the tracker still works."""
@@ -139,7 +140,7 @@ class Guarded(ActiveRun):
         try:
             call(*arguments)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the training goes on
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(masked(str(error))).split()) or type(error).__name__
             if self.failure is not None:
                 log.info("%s failed again: %s", self.label, reason)
                 return

@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 from pydantic import Field
 
+from lora_exp.secrets.masking import masked
 from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker
 
 ASK_AGAIN = 600.0
@@ -113,11 +114,11 @@ class Wandb(Tracker):
         return wandb.init(
             project=self.project,
             entity=self.entity,
-            name=self.name or info.name,
+            name=masked(self.name or info.name),
             group=self.group or info.group,
             job_type=info.job_type,
             tags=self.tags,
-            notes=self.notes,
+            notes=masked(self.notes),
             config={**info.config, **{f"sweep/{axis}": value for axis, value in info.axes.items()}},
             dir=str(info.folder),
             mode=mode,
