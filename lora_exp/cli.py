@@ -101,8 +101,8 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
         raise UserError(
             "the run cannot be resumed", [Problem("resume", what, "name the folder of a run, as in outputs/")]
         )
-    earlier = [str(override) for override in OmegaConf.load(saved)]
-    return [override for override in earlier if key_of(override) not in {*given, "output_dir", "resume"}]
+    earlier: Any = OmegaConf.to_container(OmegaConf.load(saved))  # as they were typed: `${oc.env:...}` is not resolved
+    return [override for override in map(str, earlier) if key_of(override) not in {*given, "output_dir", "resume"}]
 
 
 def _resumed_config_dir(run_folder: str) -> str | None:

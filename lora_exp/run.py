@@ -125,7 +125,7 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
         console.say("pruned", str(reason))
         return None
     except Exception:
-        if (folder.path / "metrics.jsonl").exists():
+        if folder.facts and (folder.path / "metrics.jsonl").exists():
             write_page(folder.path)
         raise
     finally:

@@ -160,17 +160,18 @@ def holds_run(path: Path) -> bool:
         return True
 
 
+OWN_FOLDERS = (".hydra", "adapter", "checkpoints")
+"""Folders in which the run writes; a tracker's own may hold links to its caches."""
+
+
 def links_out(path: Path) -> list[Problem]:
-    """Return a problem for each link in a folder that leads out of it: what the run writes would go elsewhere."""
-    inside, problems = path.resolve(), []
-    for folder, folders, files in os.walk(path):
-        links = [Path(folder) / name for name in [*folders, *files] if (Path(folder) / name).is_symlink()]
-        problems += [
-            Problem(str(link), f"is a link that leads out of the run folder, to {link.resolve()}", "remove it first")
-            for link in links
-            if not link.resolve().is_relative_to(inside)
-        ]
-    return problems
+    """Return a problem for each link in a run folder that leads out of it: what the run writes would go elsewhere."""
+    found = [*path.glob("*"), *(inner for name in OWN_FOLDERS for inner in (path / name).rglob("*"))]
+    return [
+        Problem(str(link), f"is a link that leads out of the run folder, to {link.resolve()}", "remove it first")
+        for link in found
+        if link.is_symlink() and not link.resolve().is_relative_to(path.resolve())
+    ]
 
 
 def taken(path: Path) -> Problem:

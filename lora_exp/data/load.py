@@ -23,7 +23,7 @@ class Split:
         rows: The rows.
         source: What they are called in messages and reports.
         files: The files of this machine that they were read from.
-        revision: What `datasets` calls the state of a data set; None for rows of our own files.
+        revision: What `datasets` calls the state of a data set that comes from elsewhere; None for files.
     """
 
     rows: list[dict[str, str]]
@@ -96,7 +96,8 @@ def _from_load_dataset(config: DataConfig, kind: RowKind) -> dict[str, Split]:
     for split, name in wanted.items():
         dataset = _load_dataset(config, name)
         rows, bad = _checked(dataset, config, kind.column_row, f"{config.path}[{name}]")
-        splits[split] = Split(rows, f"{config.path}[{name}]", _local_files(dataset), dataset._fingerprint)
+        local = _local_files(config, name)
+        splits[split] = Split(rows, f"{config.path}[{name}]", local, None if local else dataset._fingerprint)
         problems += bad
     if problems:
         shown = problems[:SHOWN]
@@ -129,9 +130,14 @@ def _load_dataset(config: DataConfig, split: str) -> Any:
         datasets.enable_progress_bars()
 
 
-def _local_files(dataset: Any) -> tuple[Path, ...]:
-    """Return the files that a data set was made of, where they lie on this machine."""
-    return tuple(path for path in map(Path, dataset.download_checksums or {}) if path.is_file())
+def _local_files(config: DataConfig, split: str) -> tuple[Path, ...]:
+    """Return the files that a split, `train[:90%]+test` say, was made of, where they lie on this machine."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(config.path, config.name, data_files=config.data_files)
+    names = {part.partition("[")[0].strip() for part in split.split("+")}
+    of_split = [paths for name, paths in (builder.config.data_files or {}).items() if str(name) in names]
+    return tuple(path for paths in of_split for path in map(Path, paths) if path.is_file())
 
 
 def _checked(

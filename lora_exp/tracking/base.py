@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 Ending = Literal["finished", "failed", "pruned"]
 
+SHOWN = ("project", "name", "group", "tags", "notes", "entity")
+"""Keys that a tracker shows to whoever looks; the others, an address say, may need the secret that they hold."""
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -103,9 +106,11 @@ class Guarded(ActiveRun):
     def start(cls, tracker: Tracker, info: RunInfo) -> Guarded:
         """Open a run at `tracker`, or none where that fails."""
         guarded = cls(None, tracker.label)
+        shown = {key: masked(getattr(tracker, key)) for key in SHOWN if key in type(tracker).model_fields}
+        told = tracker.model_copy(update=shown)
 
         def open_run() -> None:
-            guarded.run = tracker.start(info)
+            guarded.run = told.start(info)
             guarded.where = guarded.run.where
 
         guarded._attempt(open_run)

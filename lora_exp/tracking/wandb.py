@@ -12,7 +12,6 @@ from urllib.parse import urlparse
 
 from pydantic import Field
 
-from lora_exp.secrets.masking import masked
 from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker
 
 ASK_AGAIN = 600.0
@@ -114,11 +113,11 @@ class Wandb(Tracker):
         return wandb.init(
             project=self.project,
             entity=self.entity,
-            name=masked(self.name or info.name),
+            name=self.name or info.name,
             group=self.group or info.group,
             job_type=info.job_type,
             tags=self.tags,
-            notes=masked(self.notes),
+            notes=self.notes,
             config={**info.config, **{f"sweep/{axis}": value for axis, value in info.axes.items()}},
             dir=str(info.folder),
             mode=mode,
