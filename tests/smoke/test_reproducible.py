@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lora_exp.errors import UserError
 from lora_exp.reports.differences import ADAPTER, outcome
 from lora_exp.reproduce import RECORD, reproduce
 from lora_exp.run import Launch, run
+from tests.conftest import HEAVY
 from tests.runs import Finished, FinishedRun, composed, load_policy, run_in
 from tests.smoke.test_training import QUANTS, RECIPES, SHORT
 
@@ -112,8 +114,8 @@ def original(tmp_path: Path) -> FinishedRun:
     return run_in(tmp_path / "run", [*QUICK, "data=splits", f"data.splits_dir={tmp_path / 'rows'}"])
 
 
-def command(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+def command(*arguments: Any, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **more}
     words = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
@@ -162,11 +164,13 @@ def test_changed_data_are_an_error_at_once_and_anyway_a_comparison(
 ) -> None:
     rows = tmp_path / "rows" / "train.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:100]))
-    with pytest.raises(UserError) as caught:
-        reproduce(original.folder, None, anyway=False)
-    (problem,) = caught.value.problems
-    assert problem.where == str(rows)
-    assert "--anyway" in problem.mend
+    refused = command("lora_exp.reproduce", original.folder, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    assert refused.returncode == 2
+    assert f"{rows}: is not what it was" in refused.stderr
+    assert "--anyway" in refused.stderr
+    imported = set(re.findall(r"\| +(\S+)$", refused.stderr, re.MULTILINE))
+    assert "rich" in imported
+    assert not imported & set(HEAVY), "it answers at once"
     assert not (tmp_path / "run-reproduced").exists()
 
     capsys.readouterr()
