@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_exp.data.load import Split
+    from lora_exp.data.split import Split
 
 PACKAGES = (
     "lora_exp",

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from lora_exp.config import CONF_DIR, register_resolvers
-from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError, print_user_error
+from lora_exp.errors import USER_ERROR_STATUS, Interrupted, Problem, UserError, print_user_error
 from lora_exp.provenance import data_file, git_state, sha256, versions
 from lora_exp.reports.console import say
 from lora_exp.reports.differences import Difference, input_differences, outcome, tell_inputs, tell_outcome
@@ -174,6 +174,9 @@ def main() -> None:
     except UserError as error:
         print_user_error(error)
         sys.exit(USER_ERROR_STATUS)
+    except Interrupted as asked:
+        print_user_error(asked)
+        sys.exit(asked.status)
 
 
 if __name__ == "__main__":
