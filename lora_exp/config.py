@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
 )
 
@@ -48,6 +49,23 @@ def register_resolvers() -> None:
     )
     OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
     OmegaConf.register_new_resolver("help_page", lambda: help_page(CONF_DIR), replace=True)
+
+
+SIZE = "a size with its unit, such as 2GB or 500MB"
+
+
+def _with_unit(value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        size = parse(value)
+    except ValueError as error:
+        raise ValueError(SIZE) from error
+    if size < 0:
+        raise ValueError(SIZE)
+    return size
+
+
+Size = Annotated[ByteSize, WrapValidator(_with_unit)]
+"""Bytes, as a number or with a unit."""
 
 
 class Section(BaseModel):
@@ -148,6 +166,9 @@ class DataConfig(Section):
     val_split: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     chat_template: Literal["auto"] | bool = "auto"
+    chat_template_path: str | None = None
+    on_leak: Literal["warn", "error", "ignore"] = "warn"
+    cache_size: Size = ByteSize(20 * 10**9)
 
     rules = (
         Rule(
@@ -155,6 +176,12 @@ class DataConfig(Section):
             lambda *sources: not any(sources),
             "is not set, and neither is data.train_file: there is nothing to train on",
             "name the folder with your rows: data.splits_dir=my_rows",
+        ),
+        Rule(
+            ("data.chat_template_path", "data.chat_template"),
+            lambda path, used: path is not None and used is False,
+            "{0} has no effect with data.chat_template=false",
+            "data.chat_template=auto",
         ),
     )
 
@@ -167,11 +194,16 @@ class TrainerConfig(Section):
     set_elsewhere = {
         "output_dir": "output_dir=...",
         "seed": "seed=...",
+        "full_determinism": "deterministic=true",
         "report_to": "tracker=...",
         "run_name": "tracker.name=...",
         "resume_from_checkpoint": "resume=<run folder>",
         "disable_tqdm": "nothing: the bar shows on terminals only",
+        "enable_jit_checkpoint": "trainer.grace_seconds=...: a signal has a checkpoint written",
+        "logging_nan_inf_filter": "nothing: a loss that is no number ends the run",
     }
+    own_keys: ClassVar[set[str]] = {"grace_seconds"}
+    """Keys that are ours and no field of TrainingArguments."""
     per_device_train_batch_size: int = Field(gt=0)
     per_device_eval_batch_size: int = Field(gt=0)
     gradient_accumulation_steps: int = Field(gt=0)
@@ -198,6 +230,8 @@ class TrainerConfig(Section):
     load_best_model_at_end: bool
     metric_for_best_model: str | None
     greater_is_better: bool | None
+    auto_find_batch_size: bool = False
+    grace_seconds: float = Field(25, gt=0)
 
     rules = (
         Rule(
@@ -306,25 +340,18 @@ def _trains_only(val_file: str | None, splits_dir: str | None, val_split: str | 
     return any(train) and not (val_file or splits_dir or val_split)
 
 
-SIZE = "a size with its unit, such as 2GB or 500MB"
-
-
 class StoreConfig(Section):
     """Where reference log-probabilities are kept between runs."""
 
     path: str | None
-    max_size: ByteSize
+    max_size: Size
 
-    @field_validator("max_size", mode="wrap")
+    @field_validator("max_size")
     @classmethod
-    def _with_unit(cls, value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            size = parse(value)
-        except ValueError as error:
-            raise ValueError(SIZE) from error
-        if size <= 0:
+    def _not_zero(cls, value: int) -> int:
+        if not value:
             raise ValueError(SIZE)
-        return size
+        return value
 
 
 def _folder_name(name: str) -> str:
@@ -363,6 +390,7 @@ class Config(Section):
     sweep: SweepConfig
     samples: SamplesConfig
     seed: int = Field(ge=0)
+    deterministic: bool = False
     objective: str | Annotated[list[str], Field(min_length=1)] | None
     direction: Way | list[Way] | None
     output_dir: str

@@ -10,6 +10,8 @@ from typing import Any
 from lora_exp.rules import flatten
 
 WITHOUT_EFFECT = (
+    "data.cache_size",
+    "data.on_leak",
     "direction",
     "hydra",
     "output_dir",
@@ -17,6 +19,8 @@ WITHOUT_EFFECT = (
     "store",
     "sweep",
     "tracker",
+    "trainer.auto_find_batch_size",
+    "trainer.grace_seconds",
     "trainer.logging_first_step",
     "trainer.logging_steps",
 )

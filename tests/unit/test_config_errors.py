@@ -181,6 +181,7 @@ BREAKING_EXAMPLES = [
         "trainer.save_steps=50",
         "trainer.eval_steps=20",
     ],
+    ["data.chat_template_path=mine.jinja", "data.chat_template=false"],
     ["data=splits"],
     ["data=splits", "data.train_file=mine.jsonl"],
     ["data=splits", "data.train_file=mine.jsonl", "trainer.eval_strategy=no", "trainer.eval_on_start=true"],
