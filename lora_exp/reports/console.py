@@ -221,6 +221,8 @@ def leaderboard_table(board: Leaderboard, planned: int = 0, most: int = 20) -> N
     for name in short_names(board.axes).values():
         table.add_column(name, justify="right")
     table.add_column("objective", no_wrap=True)
+    for name in board.further_objectives:
+        table.add_column(name, no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     named = any("=" not in point.best.name for point in board.points)  # by something else than its settings
@@ -236,7 +238,7 @@ def leaderboard_table(board: Leaderboard, planned: int = 0, most: int = 20) -> N
     console.print(table)
     if len(shown) < len(points):
         say("rows", f"{most - 5} best and 5 last of {len(points):,}; leaderboard.csv has all")
-    if board.tie:
+    if board.tie and not whole:  # before the last trial it may still change
         say("best", board.tie) if board.told_apart else note(board.tie)
 
 
@@ -245,6 +247,7 @@ def _point_cells(point: Point, board: Leaderboard) -> list[str]:
         str(point.rank or "-"),
         *(setting(point.axes[key]) if key in point.axes else "" for key in board.axes),
         with_interval(point.objective) if point.objective else "",
+        *(with_interval(found) if (found := point.metric(name)) else "" for name in board.further_objectives),
         point.status,
         duration(point.seconds) if point.seconds else "",
         point.best.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,24 @@ def read_results(folder: Path) -> RunResults:
     """Read a run folder.
 
     Raises:
-        UserError: If it is none.
+        UserError: If it is none, or its files are torn.
     """
     if not (folder / "run.json").is_file():
         raise UserError("there is nothing to report", [Problem(str(folder), "holds no run: it has no run.json")])
     metrics = folder / "metrics.json"
     return RunResults(
         folder,
-        json.loads((folder / "run.json").read_text(encoding="utf-8")),
-        json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {},
-        read_jsonl(folder / "metrics.jsonl"),
+        _read(folder / "run.json", json.loads),
+        _read(metrics, json.loads) if metrics.exists() else {},
+        _read(folder / "metrics.jsonl", lambda _: read_jsonl(folder / "metrics.jsonl")),
     )
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(file.read_text(encoding="utf-8") if file.exists() else "")
+    except ValueError as error:
+        problem = Problem(
+            str(file), f"is torn: {error}", f"python -m lora_exp.report {file.parent.parent} lists it with the others"
+        )
+        raise UserError("there is nothing to report", [problem]) from error

@@ -122,6 +122,12 @@ class Leaderboard:
         return [trial for point in self.points for trial in point.trials]
 
     @property
+    def further_objectives(self) -> list[str]:
+        """What a search for several objectives found beside the one that ranks; nothing where there is one."""
+        named = dict.fromkeys(name for trial in self.trials for name in trial.run.get("objectives") or {})
+        return [name for name in named if name != self.objective_name]
+
+    @property
     def best(self) -> Point | None:
         """The first point, if it has a result."""
         return self.points[0] if self.points and self.points[0].rank else None

@@ -235,8 +235,28 @@ def derive_axes(trials: Sequence[Trial], question: Question | None = None) -> li
         asked = [axis for axis in question.axes if axis not in NOT_AN_AXIS]
         chosen = list(dict.fromkeys([*chosen, *(axis for axis in asked if "." not in axis)]))
         told = (*asked, *question.varied)
-        axes = [*asked, *(key for key in axes if not lies_under(key, told))]
+        axes = [
+            *asked,
+            *(
+                key
+                for key in axes
+                if not lies_under(key, told) and not _is_computed(key, question, asked, known, chosen)
+            ),
+        ]
     return [{key: _setting(trial, key, chosen) for key in axes} if trial.config else {} for trial in trials]
+
+
+def _is_computed(
+    key: str, question: Question, asked: Sequence[str], trials: Sequence[Trial], chosen: Sequence[str]
+) -> bool:
+    """Whether the config computes a key, and the sweep's axes tell its value: half of `max_length`, say."""
+    if "${" not in str(question.common.get(key)):
+        return False
+    values: dict[tuple[Any, ...], set[Any]] = {}
+    for trial in trials:
+        point = tuple(_hashable(_setting(trial, axis, chosen)) for axis in asked)
+        values.setdefault(point, set()).add(_hashable(trial.config.get(key)))
+    return all(len(found) == 1 for found in values.values())
 
 
 def _setting(trial: Trial, key: str, chosen: Sequence[str]) -> Any:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_exp.reports.console import leaderboard_table
 from lora_exp.sweeps.leaderboard import interval, leaderboard, t_quantile, t_within, write_leaderboard
 from lora_exp.sweeps.trials import read_trials
 from tests.sweeps import make_sweep, make_trial
@@ -125,6 +126,28 @@ def test_one_run_each_tells_nothing_apart(tmp_path: Path) -> None:
     board = leaderboard(read_trials(sweep_of(tmp_path, [[0.1], [0.9]])))
     assert not board.told_apart
     assert "sweep.seeds=5" in board.tie
+
+
+def test_the_table_has_every_objective_and_its_verdict_after_the_last_trial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, beta in enumerate((0.1, 0.5)):
+        folder = make_trial(
+            tmp_path / str(number),
+            {"recipe.beta": beta},
+            0.5,
+            objectives={"eval_rewards/accuracies": 0.5, "eval_loss": 1},
+        )
+        (folder / "metrics.json").write_text(json.dumps({"eval_loss": beta + 1}))
+    board = leaderboard(read_trials(tmp_path))
+    leaderboard_table(board, planned=3)
+    running = capsys.readouterr().out
+    leaderboard_table(board, planned=2)
+    ended = capsys.readouterr().out
+    assert "eval_loss" in running
+    assert "1.5" in running
+    assert "cannot be told apart" in ended
+    assert "told apart" not in running
 
 
 def test_a_single_point_ties_with_nothing(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from lora_exp.errors import UserError
+from lora_exp.report import show_result
 from lora_exp.reports.figures.base import Figure, label, plain
 from lora_exp.reports.figures.frontier import frontier_figure
 from lora_exp.reports.figures.parallel import MIN_GAP, parallel_figure
@@ -91,6 +93,24 @@ def text_of(html: str) -> str:
 
 def board_of(folder: Path) -> Any:
     return leaderboard(read_trials(folder))
+
+
+def test_runs_that_lost_a_file_are_listed_and_end_no_page(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep")
+    (sweep / "0" / "config.yaml").write_text("")
+    (sweep / "1" / "run.json").write_text('{"status": "finis')
+    (sweep / "2" / "metrics.json").unlink()
+    with (sweep / "3" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 999, "lo')
+    (sweep / "4" / "run.json").unlink()
+    (sweep / "5" / "config.yaml").unlink()
+    moved = sweep.rename(tmp_path / "moved")
+    board = write_sweep(moved)
+    assert len(board.trials) == 21
+    write_comparison(tmp_path / "page.html", [moved, make_trial(tmp_path / "alone", {"recipe.beta": 9.0}, 0.5)])
+    assert "recipe.beta" in text_of((tmp_path / "page.html").read_text())
+    with pytest.raises(UserError, match=r"run\.json: is torn"):
+        show_result(moved / "1")
 
 
 def test_the_page_answers_what_was_asked(tmp_path: Path) -> None:

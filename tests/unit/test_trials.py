@@ -70,6 +70,18 @@ def test_a_sweeps_own_axes_are_there_from_its_first_trial_and_stand_for_what_fol
     assert [list(trial.axes) for trial in read_trials(tmp_path)] == [["recipe.max_length", "lora.r"]] * 3
 
 
+def test_what_the_config_computes_from_an_axis_is_none_of_its_own(tmp_path: Path) -> None:
+    common = {"recipe.max_prompt_length": "${half:${.max_length}}", "trainer.learning_rate": "${recipe.learning_rate}"}
+    Question(["recipe.max_length"], [], common).write(tmp_path)
+    for length in (128, 256):
+        make_trial(tmp_path / str(length), {"recipe.max_length": length, "recipe.max_prompt_length": length // 2}, 0.5)
+    assert [list(trial.axes) for trial in read_trials(tmp_path)] == [["recipe.max_length"]] * 2
+    # Set by hand in an extension, it is no longer told by the axis.
+    extended = {"recipe.max_length": 128, "recipe.max_prompt_length": 64, "trainer.learning_rate": 0.5}
+    make_trial(tmp_path / "x", extended, 0.5)
+    assert [list(trial.axes) for trial in read_trials(tmp_path)] == [["recipe.max_length", "trainer.learning_rate"]] * 3
+
+
 def test_seeds_folders_and_trackers_make_no_axis(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         make_trial(tmp_path / str(seed), {}, 0.5, seed=seed)

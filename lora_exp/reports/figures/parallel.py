@@ -7,7 +7,7 @@ that lets text become code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,7 +24,7 @@ from lora_exp.reports.figures.base import (
     short_names,
     with_interval,
 )
-from lora_exp.reports.figures.settings import order, placing, varied
+from lora_exp.reports.figures.settings import order, placing, varied, with_settings
 from lora_exp.sweeps.leaderboard import Leaderboard, Point
 
 MIN_GAP = 0.06
@@ -33,17 +33,19 @@ MIN_GAP = 0.06
 
 def parallel_figure(board: Leaderboard) -> Figure | None:
     """Return a line a point across all settings and the objective; None of fewer than two settings."""
-    points = [point for point in board.points if point.objective][:MOST_POINTS]
+    points = with_settings(board)[:MOST_POINTS]
     axes = varied(board.axes, points)
     if len(axes) < 2:
         return None
     columns = [*axes, board.objective_name]
-    rows = [[*(point.axes[key] for key in axes), point.objective.mean] for point in points if point.objective]
-    scales = [_scale([row[n] for row in rows]) for n in range(len(columns))]
+    rows = {
+        point.rank: [*(point.axes[key] for key in axes), point.objective.mean] for point in points if point.objective
+    }
+    scales = [_scale([row[n] for row in rows.values()]) for n in range(len(columns))]
     groups = [
-        ("the other points", points[10:], GREY, 1.0, 0.35),
-        ("the next nine", points[1:10], COLOURS[1], 1.5, 0.8),
-        ("the best", points[:1], COLOURS[0], 3.0, 1.0),
+        ("the other points", [point for point in points if (point.rank or 0) > 10], GREY, 1.0, 0.35),
+        ("the next nine", [point for point in points if 1 < (point.rank or 0) <= 10], COLOURS[1], 1.5, 0.8),
+        ("the best", [point for point in points if point.rank == 1], COLOURS[0], 3.0, 1.0),
     ]
     data = [_parallel_lines(*group, rows=rows, scales=scales) for group in groups if group[1]]
     marks = [
@@ -119,7 +121,7 @@ def _parallel_lines(
     width: float,
     opacity: float,
     *,
-    rows: Sequence[Sequence[Any]],
+    rows: Mapping[int | None, Sequence[Any]],
     scales: Sequence[Scale],
 ) -> dict[str, Any]:
     """Return the lines of some points as one trace, a gap after each."""
@@ -127,7 +129,7 @@ def _parallel_lines(
     y: list[float | None] = []
     text: list[str] = []
     for point in points:
-        row = rows[(point.rank or 1) - 1]
+        row = rows[point.rank]
         words = plain(f"{label(point)}: {with_interval(point.objective)}" if point.objective else label(point))
         x += [*range(len(scales)), None]
         y += [*(scale.at(value) for scale, value in zip(scales, row, strict=True)), None]

@@ -29,8 +29,13 @@ MOST_LETTERS = 32
 
 def objective_figures(board: Leaderboard) -> list[Figure]:
     """Return a chart for each axis: every point that has a result, with its interval."""
-    points = [point for point in board.points if point.objective][:MOST_POINTS]
+    points = with_settings(board)[:MOST_POINTS]
     return [_objective_figure(board, key, points) for key in varied(board.axes, points)]
+
+
+def with_settings(board: Leaderboard) -> list[Point]:
+    """Return the points that have a result and whose settings are known: not those of a run that lost its config."""
+    return [point for point in board.points if point.objective and point.axes.keys() >= set(board.axes)]
 
 
 def varied(axes: Sequence[str], points: Sequence[Point]) -> list[str]:
