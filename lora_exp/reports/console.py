@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -23,6 +24,8 @@ from lora_exp.sweeps.leaderboard import Leaderboard, Point, summary
 from lora_exp.text import visible
 
 log = logging.getLogger(__name__)
+RUN_WIDTH = 24
+"""Characters of a table's last column, the runs' names, where the settings do not all have room."""
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 """Prints names, rows and errors as they are: `[red]` is no markup here, and the hook below lets no ESC through."""
 
@@ -216,36 +219,56 @@ def leaderboard_table(board: Leaderboard, planned: int = 0, most: int = 20) -> N
     better = "less" if board.direction == "minimize" else "more"
     whole = f" of {planned:,}" if planned > len(board.trials) else ""
     title = f"{summary(board, whole)}; {board.objective_name or 'no objective'}, {better} is better"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("#", justify="right")
-    for name in short_names(board.axes).values():
-        table.add_column(name, justify="right")
-    table.add_column("objective", no_wrap=True)
-    for name in board.further_objectives:
-        table.add_column(name, no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
-    named = any("=" not in point.best.name for point in board.points)  # by something else than its settings
-    if named:
-        table.add_column("run", overflow="fold")
     points = board.points
     # Of a long table the end is shown too: a failed trial must not pass unseen.
     shown = points if len(points) <= most else [*points[: most - 5], *points[-5:]]
+    axes = _fitting(board, shown)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("#", justify="right", no_wrap=True)
+    for key in axes:
+        table.add_column(short_names(board.axes)[key], justify="right")
+    for name in ("objective", *board.further_objectives, "status"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
+    left_out = [key for key in board.axes if key not in axes]
+    named = left_out or any("=" not in point.best.name for point in points)  # by something else than its settings
+    if named:
+        table.add_column("run", overflow="fold")
     for point in shown:
-        cells = _point_cells(point, board)
+        cells = _point_cells(point, board, axes)
         table.add_row(*map(Text, cells if named else cells[:-1]), style=_style(point))
     console.print()
     console.print(table)
     if len(shown) < len(points):
         say("rows", f"{most - 5} best and 5 last of {len(points):,}; leaderboard.csv has all")
+    if left_out:
+        say("settings", f"this terminal is too narrow for {', '.join(left_out)}; the report has them")
     if board.tie and not whole:  # before the last trial it may still change
         say("best", board.tie) if board.told_apart else note(board.tie)
 
 
-def _point_cells(point: Point, board: Leaderboard) -> list[str]:
+def _fitting(board: Leaderboard, points: Sequence[Point]) -> list[str]:
+    """Return the axes, from the first on, for which the terminal is wide enough."""
+    short = short_names(board.axes)
+    fixed = ["#", "objective", *board.further_objectives, "status", "time"]
+    cells = [_point_cells(point, board, [])[:-1] for point in points]
+    widths = [max(len(text) for text in column) for column in zip(fixed, *cells, strict=True)]
+    names = [point.best.name for point in points]
+    named = 3 + min(RUN_WIDTH, max(map(len, names))) if any("=" not in name for name in names) else 0
+    room = console.width - 2 - sum(width + 3 for width in widths)
+    each = [
+        3 + max(len(short[key]), *(len(setting(point.axes.get(key, ""))) for point in points)) for key in board.axes
+    ]
+    if sum(each) <= room - named:
+        return list(board.axes)
+    # What is left out stands in the runs' names.
+    return [key for key, total in zip(board.axes, accumulate(each), strict=True) if total <= room - RUN_WIDTH]
+
+
+def _point_cells(point: Point, board: Leaderboard, axes: Iterable[str]) -> list[str]:
     return [
         str(point.rank or "-"),
-        *(setting(point.axes[key]) if key in point.axes else "" for key in board.axes),
+        *(setting(point.axes[key]) if key in point.axes else "" for key in axes),
         with_interval(point.objective) if point.objective else "",
         *(with_interval(found) if (found := point.metric(name)) else "" for name in board.further_objectives),
         point.status,

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 from lora_exp.errors import Problem, UserError
 from lora_exp.run_folder import Status, read_jsonl
-from lora_exp.sweeps.identity import lies_under
+from lora_exp.sweeps.identity import WITHOUT_EFFECT, lies_under
 from lora_exp.sweeps.question import Question
 
 Direction = Literal["minimize", "maximize"]
@@ -227,6 +227,7 @@ def derive_axes(trials: Sequence[Trial], question: Question | None = None) -> li
     """
     known = [trial for trial in trials if trial.config]
     keys = dict.fromkeys(key for trial in known for key in trial.config if key.partition(".")[0] not in NOT_AN_AXIS)
+    keys = {key: None for key in keys if not lies_under(key, WITHOUT_EFFECT)}
     differing = [key for key in keys if len({_hashable(trial.config.get(key)) for trial in known}) > 1]
     groups = dict.fromkeys(key.partition(".")[0] for key in differing)
     chosen = [group for group in groups if len({_choice(trial, group) for trial in known} - {None}) > 1]

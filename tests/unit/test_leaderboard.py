@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -148,6 +149,21 @@ def test_the_table_has_every_objective_and_its_verdict_after_the_last_trial(
     assert "1.5" in running
     assert "cannot be told apart" in ended
     assert "told apart" not in running
+
+
+@pytest.mark.parametrize("number", [1, 20])
+def test_a_narrow_terminal_shows_ranks_and_says_which_settings_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    for trial in (1, 2):
+        settings = {f"trainer.some_setting_{key}": key * trial for key in range(1, number + 1)}
+        make_trial(tmp_path / str(trial), settings, trial / 10)
+    leaderboard_table(leaderboard(read_trials(tmp_path)))
+    said = capsys.readouterr().out
+    assert re.search(r"^ +1 .* 0\.2 +finished", said, re.MULTILINE), said
+    for key in range(1, number + 1):
+        assert re.search(rf"\bsome_setting_{key}\b", said), said
+    assert ("too narrow" in said) == (number > 1)
 
 
 def test_a_single_point_ties_with_nothing(tmp_path: Path) -> None:
