@@ -137,6 +137,8 @@ class DataConfig(Section):
     val_split: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     chat_template: Literal["auto"] | bool = "auto"
+    max_dropped_share: float | None = Field(0.05, ge=0, le=1)
+    max_cut_share: float | None = Field(None, ge=0, le=1)
 
     rules = (
         Rule(
@@ -350,6 +352,7 @@ class Config(Section):
     direction: Way | list[Way] | None
     output_dir: str
     resume: str | None
+    dry_run: bool = False
 
     rules = (
         Rule(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,13 @@ from lora_exp.data.tokenize import TokenizedData, tokenize_splits
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned
 from lora_exp.machine import (
+    bound_kernel_caches,
     device_facts,
     isolated_job,
     keep_freed_memory,
     peak_memory_bytes,
     reset_peak_memory,
+    return_freed_memory,
     use_threads,
 )
 from lora_exp.models.source import adapter_dir, model_files
@@ -150,12 +152,14 @@ def _run(
     config: Config, folder: RunFolder, launch: Launch, info: RunInfo, checkpoint: Path | None, start: Path | None
 ) -> list[float] | None:
     quiet_libraries()
-    console.header(_header(config, launch))
+    trial = launch.folder.name if launch.sweep else None
+    console.header(header_lines(config, launch.choices, [("folder", str(launch.folder))], trial))
     if _keeps_reference(config, config.engine):
         _store(config).close()  # a place that cannot be written is told before anything is loaded
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
     keep_freed_memory()
+    bound_kernel_caches()
     console.say("machine", use_threads(config.engine.num_threads))
     reset_peak_memory()
     prepared = prepare_training(config, folder, splits, start)
@@ -179,6 +183,9 @@ def _run(
 
             report_to(launch.trial, trainer, config.objectives[0])
         final = _train(config, folder, prepared, trainer, checkpoint)
+        from lora_exp.preflight.duration import keep_measured_speed
+
+        keep_measured_speed(config, prepared, trainer, final, folder.wall_times)
         found = _objectives(config, final)
         objective = next(iter(found.values()), None)
         peak = peak_memory_bytes(policy.device)
@@ -218,14 +225,19 @@ def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split]
         splits: The rows.
         start: The adapter to go on from; None for a new one.
     """
+    from lora_exp.preflight.fit import require_fit
+    from lora_exp.preflight.place import memory_of_this_process
     from lora_exp.training.loop import choose_engine
 
     with model_files(config.model) as files:
         with folder.stage("data"):
             data = tokenize(config, folder, splits, files)
         with folder.stage("model"):
+            memory, way = memory_of_this_process(config, data.reports, files, start)
+            folder.note(estimated_memory_bytes=memory.estimate(way).total)
+            require_fit(memory, way)
             policy = _load(config, files, start, folder)
-            engine, work = choose_engine(config, folder, policy, data)
+            engine, work = choose_engine(config, folder, policy, data, memory)
             identity = _reference_identity(config, engine, policy, files)
     return Prepared(data, policy, engine, work, identity)
 
@@ -241,31 +253,37 @@ def build_trainer(config: Config, folder: RunFolder, prepared: Prepared, tracker
     return trainer
 
 
-def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
-    chosen = launch.choices
-    trial = [("trial", launch.folder.name)] if launch.sweep else []
+def header_lines(
+    config: Config, choices: Mapping[str, str], last: Sequence[tuple[str, str]] = (), trial: str | None = None
+) -> list[tuple[str, str]]:
+    """Return what a run was composed of, a name and a line each.
+
+    Args:
+        config: The run.
+        choices: The option taken from each config group.
+        last: What else there is to say.
+        trial: The name of the trial, in a multirun.
+    """
     model = config.model.pretrained_model_name_or_path
     adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
-    lora = config.lora
+    lora, recipe = config.lora, config.recipe
     return [
-        *trial,
-        (
-            "recipe",
-            f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}",
-        ),
-        ("model", f"{chosen.get('model', '')} ({model}){adapter}".strip()),
-        ("quant", chosen.get("quant", "") or config.quant.target or "none"),
+        *([("trial", trial)] if trial else []),
+        ("recipe", f"{recipe.name}, max_length {recipe.max_length}, prompts {recipe.max_prompt_length}"),
+        ("model", f"{choices.get('model', '')} ({model}){adapter}".strip()),
+        ("quant", choices.get("quant", "") or config.quant.target or "none"),
         (
             "lora",
-            f"{chosen.get('lora', '')} r={lora.r} alpha={lora.lora_alpha:g} dropout={lora.lora_dropout:g}".strip(),
+            f"{choices.get('lora', '')} r={lora.r} alpha={lora.lora_alpha:g} dropout={lora.lora_dropout:g}".strip(),
         ),
-        ("folder", str(launch.folder)),
+        *last,
     ]
 
 
 def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files: str) -> TokenizedData:
     """Turn the rows into the token ids that the run trains on; say and write down what was cut or dropped."""
     from lora_exp.models.policy import load_tokenizer
+    from lora_exp.preflight.losses import require_rows_kept
 
     tokenizer = load_tokenizer(config.model, files)
     recipe = config.recipe
@@ -274,6 +292,7 @@ def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files:
     folder.write_json("data_report.json", reports)
     console.data_lines(reports)
     data.require_rows()
+    require_rows_kept(config.data, recipe.limits, data.reports)
     return data
 
 
@@ -281,6 +300,7 @@ def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> 
     from lora_exp.models.policy import load_policy
 
     policy = load_policy(config, files, start, folder.checkpoints)
+    return_freed_memory()  # what reading the files left behind, in parts of the heap that training would not use again
     console.say("precision", f"{policy.precision.dtype}: {policy.precision.reason}")
     share = policy.trainable_parameters / policy.total_parameters
     console.say(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_exp.data.lengths import RowLengths
 from lora_exp.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -52,10 +53,13 @@ class SplitReport:
     answer_lengths: list[int] = field(default_factory=list)
     longest_row: int = 0
     """Tokens of a prompt with the longest of its answers."""
+    lengths: RowLengths = field(default_factory=RowLengths)
+    """Of every row, before anything was cut."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for `data_report.json`, lengths as min, median and max over what was kept."""
-        summary = asdict(self)
+        summary = asdict(replace(self, lengths=RowLengths()))
+        del summary["lengths"]
         for name in ("prompt_lengths", "answer_lengths"):
             lengths = summary.pop(name)
             spread = {"min": min(lengths), "median": median(lengths), "max": max(lengths)} if lengths else None
@@ -218,6 +222,7 @@ def _common_prefix_length(first: Ids, second: Ids) -> int:
 def _cut(prompt: Ids, completions: list[Ids], limits: Limits, report: SplitReport) -> list[Ids] | None:
     """Cut one row and account for it; None where nothing is left to learn from."""
     report.rows += 1
+    report.lengths.add(prompt, completions)
     limit = limits.max_length if limits.max_prompt_length is None else limits.max_prompt_length
     short_prompt = prompt
     if len(prompt) > limit:

@@ -10,7 +10,10 @@ from typing import Any
 from lora_exp.rules import flatten
 
 WITHOUT_EFFECT = (
+    "data.max_cut_share",
+    "data.max_dropped_share",
     "direction",
+    "dry_run",
     "hydra",
     "output_dir",
     "resume",
@@ -20,7 +23,7 @@ WITHOUT_EFFECT = (
     "trainer.logging_first_step",
     "trainer.logging_steps",
 )
-"""Keys, and groups of keys, that say where results go and who watches."""
+"""Keys, and groups of keys, that say where results go, who watches and what stops a run before it starts."""
 
 
 def lies_under(key: str, groups: tuple[str, ...]) -> bool:
