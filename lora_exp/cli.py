@@ -63,6 +63,8 @@ def prepare(argv: list[str]) -> tuple[list[str], Path | None]:
             composed = _check_run(composer, overrides)
             if composed.dry_run:
                 _dry_run(composer, [composed], [overrides], ())
+            # Hydra would write over what the run is made of, in place: a kill in that moment would lose it.
+            overrides += ["hydra.output_subdir=null"] if goes_on(overrides) else []
     return [*flags, *(each for each in argv if each not in arguments.overrides), *overrides], sweep
 
 
@@ -79,15 +81,23 @@ def _without_plus(override: str) -> str:
 
 
 def _check_run(composer: Composer, overrides: list[str]) -> DictConfig:
-    """Compose and check a single run, and return its config; its folder must be free."""
+    """Compose and check a single run, and return its config; its folder must be free, and able to be written."""
+    from lora_exp.disk import unwritable
     from lora_exp.run_folder import holds_run, taken
+    from lora_exp.run_lock import hold
 
     composed = composer.compose(overrides, check_values=True)
+    if composed.dry_run:
+        return composed
     # Said here too, because Hydra writes to the folder before the run itself can look.
-    if composed.resume != composed.output_dir:
-        folder = Path(composed.output_dir)
-        if holds_run(folder):
-            raise UserError("the run cannot start", [taken(folder)])
+    folder = Path(composed.output_dir)
+    problem = unwritable(folder)
+    if problem is not None:
+        raise UserError("the run cannot start", [problem])
+    if folder.is_dir():  # a new one is named by the second, and made by Hydra
+        hold(folder)
+    if composed.resume != composed.output_dir and holds_run(folder):
+        raise UserError("the run cannot start", [taken(folder)])
     return composed
 
 
@@ -124,8 +134,18 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
         raise UserError(
             "the run cannot be resumed", [Problem("resume", what, "name the folder of a run, as in outputs/")]
         )
-    earlier = [str(override) for override in OmegaConf.load(saved)]
+    text = saved.read_text(encoding="utf-8")
+    if not text.strip():
+        what = f"the run in {folder} was stopped before it had noted what it is"
+        raise UserError("the run cannot be resumed", [Problem("resume", what, "give its command again")])
+    earlier = [str(override) for override in OmegaConf.create(text)]
     return [override for override in earlier if key_of(override) not in {*given, "output_dir", "resume"}]
+
+
+def goes_on(overrides: list[str]) -> bool:
+    """Whether a run goes on in its folder."""
+    given = _given(overrides)
+    return given.get("resume", "null") != "null" and not given.keys() & {"output_dir", "hydra.output_subdir"}
 
 
 def _resumed_config_dir(run_folder: str) -> str | None:
@@ -144,6 +164,7 @@ def _given(overrides: list[str]) -> dict[str, str]:
 def launch_from_hydra() -> Any:
     """Read from Hydra where this job runs and what it was composed of."""
     from lora_exp.run import Launch
+    from lora_exp.run_folder import write_whole
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -154,4 +175,6 @@ def launch_from_hydra() -> Any:
         sweep = group_of(Path(hydra_config.sweep.dir))
         trial = SearchTrial.of(hydra_config.sweeper, hydra_config.job.num)
         return Launch(folder, choices, sweep, f"{choices['recipe']}-{choices['model']} {folder.name}", trial)
+    if hydra_config.output_subdir is None and (saved := folder / ".hydra" / "overrides.yaml").is_file():
+        write_whole(saved, OmegaConf.to_yaml(hydra_config.overrides.task))
     return Launch(folder, choices, None, f"{choices['recipe']}-{choices['model']} {'_'.join(folder.parts[-2:])}")

@@ -50,6 +50,8 @@ class Section(BaseModel):
     """Keys without effect beside others: no mistake in a run, but none that a sweep may vary."""
     library_class: ClassVar[str | None] = None
     """Who takes unlisted keys (`+trainer.name=value`), if it knows them."""
+    package: ClassVar[tuple[str, str] | None] = None
+    """A module that does the work and is not always installed, and the extra of this package that brings it."""
     set_elsewhere: ClassVar[Mapping[str, str]] = {}
     """Fields of the library class that are not given here, and what is given instead."""
 
@@ -137,6 +139,7 @@ class DataConfig(Section):
     val_split: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     chat_template: Literal["auto"] | bool = "auto"
+    chat_template_path: str | None = None
     max_dropped_share: float | None = Field(0.05, ge=0, le=1)
     max_cut_share: float | None = Field(None, ge=0, le=1)
 
@@ -146,6 +149,12 @@ class DataConfig(Section):
             lambda *sources: not any(sources),
             "is not set, and neither is data.train_file: there is nothing to train on",
             "name the folder with your rows: data.splits_dir=my_rows",
+        ),
+        Rule(
+            ("data.chat_template_path", "data.chat_template"),
+            lambda path, used: path is not None and used is False,
+            "{0} has no effect with data.chat_template=false",
+            "data.chat_template=auto",
         ),
     )
 
@@ -162,7 +171,11 @@ class TrainerConfig(Section):
         "run_name": "tracker.name=...",
         "resume_from_checkpoint": "resume=<run folder>",
         "disable_tqdm": "nothing: the bar shows on terminals only",
+        "enable_jit_checkpoint": "trainer.grace_seconds=...: a signal has a checkpoint written",
+        "logging_nan_inf_filter": "nothing: a loss that is no number ends the run",
     }
+    own_keys: ClassVar[set[str]] = {"grace_seconds"}
+    """Keys that are ours and no field of TrainingArguments."""
     per_device_train_batch_size: int = Field(gt=0)
     per_device_eval_batch_size: int = Field(gt=0)
     gradient_accumulation_steps: int = Field(gt=0)
@@ -189,6 +202,8 @@ class TrainerConfig(Section):
     load_best_model_at_end: bool
     metric_for_best_model: str | None
     greater_is_better: bool | None
+    auto_find_batch_size: bool = False
+    grace_seconds: float = Field(25, gt=0)
 
     rules = (
         Rule(

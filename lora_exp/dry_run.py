@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import Config, DataConfig
 from lora_exp.data.kinds import RowKind
-from lora_exp.data.load import Split, load_splits
+from lora_exp.data.load import load_splits
+from lora_exp.data.split import Split
+from lora_exp.data.template import use_template
 from lora_exp.errors import USER_ERROR_STATUS, UserError, count, print_user_error
 from lora_exp.models.source import adapter_dir, model_files
 from lora_exp.quiet import quiet_libraries
 from lora_exp.reports import console
-from lora_exp.run import header_lines
+from lora_exp.reports.header import header_lines
 
 if TYPE_CHECKING:
     from lora_exp.data.tokenize import TokenizedData
@@ -146,6 +148,7 @@ def _preview(config: Config) -> Preview:
         from lora_exp.preflight.twin import read_structure
 
         recipe, tokenizer = config.recipe, load_tokenizer(config.model, files)
+        use_template(tokenizer, config.data.chat_template_path)
         data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template)
         data.require_rows()
         plan = schedule(config.trainer, len(data.datasets["train"]), "val" in data.datasets)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import Config
-from lora_exp.data.load import Split, load_splits
+from lora_exp.data.load import load_splits
+from lora_exp.data.split import Split
+from lora_exp.data.template import use_template
 from lora_exp.data.tokenize import TokenizedData, tokenize_splits
+from lora_exp.disk import writing
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned
 from lora_exp.machine import (
@@ -29,14 +33,18 @@ from lora_exp.models.source import adapter_dir, model_files
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
 from lora_exp.reports import console
+from lora_exp.reports.header import header_lines
 from lora_exp.reports.page import write_page
 from lora_exp.rules import flatten
 from lora_exp.run_folder import RunFolder, read_jsonl
+from lora_exp.run_lock import only_run
 from lora_exp.sweeps.earlier import earlier_trial
 from lora_exp.sweeps.identity import identity_of
 from lora_exp.sweeps.trials import directions_of
 from lora_exp.tracking.base import Ending, Guarded, RunInfo
-from lora_exp.training.checkpoints import checkpoint_to_resume
+from lora_exp.training.checkpoints import Found, checkpoint_to_resume, newest_checkpoint, settle
+from lora_exp.training.interrupt import Interrupts
+from lora_exp.training.memory import MemoryGuard, OutOfMemory
 from lora_exp.validation import validate
 
 if TYPE_CHECKING:
@@ -98,35 +106,86 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
     config = validate(composed)
     composed.output_dir = str(launch.folder)
     resolved: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
-    identity = identity_of(resolved)
-    before = earlier_trial(launch.folder, identity) if launch.sweep else None
-    # What a search has pruned a grid runs to its end.
-    if before is not None and (before.status == "finished" or (before.status == "pruned" and launch.trial)):
-        console.say(before.status, f"{launch.folder} holds this trial already")
-        return _returned(before.objectives)
-    # Looked up before the folder is claimed: a wrong folder name must not mark a finished run as failed.
-    checkpoint = before.checkpoint if before else checkpoint_to_resume(config.resume, resolved)
-    start = adapter_dir(config.model)
-    folder = RunFolder(launch.folder)
-    info = RunInfo(folder.path, resolved, launch.name, launch.sweep, config.recipe.name, _axes(resolved, launch))
-    goes_on = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
-    resumed = goes_on or before is not None
-    try:
-        facts = {"identity": identity, **_facts(config, launch)}
-        with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed, **facts):
-            objectives = _run(config, folder, launch, info, checkpoint, start)
-    except Pruned as reason:
-        write_page(folder.path)
-        console.say("pruned", str(reason))
-        return None
-    except Exception:
-        if (folder.path / "metrics.jsonl").exists():
+    with only_run(launch.folder):
+        identity = identity_of(resolved)
+        before = earlier_trial(launch.folder, identity) if launch.sweep else None
+        # What a search has pruned a grid runs to its end.
+        if before is not None and (before.status == "finished" or (before.status == "pruned" and launch.trial)):
+            console.say(before.status, f"{launch.folder} holds this trial already")
+            return _returned(before.objectives)
+        goes_on = before is not None or _same(config.resume, launch.folder)
+        # Looked up before the folder is claimed: a wrong folder name must not mark a finished run as failed.
+        resume = str(launch.folder) if before else config.resume
+        found = checkpoint_to_resume(resume, resolved, goes_on)
+        start = adapter_dir(config.model)
+        axes = _axes(resolved, launch)
+        folder = RunFolder(launch.folder)
+        info = RunInfo(folder.path, resolved, launch.name, launch.sweep, config.recipe.name, axes, goes_on)
+        command = "the same command" if launch.sweep else f"python -m lora_exp resume={launch.folder}"
+        try:
+            facts = {"identity": identity, **_facts(config, launch)}
+            with (
+                folder.open(OmegaConf.to_yaml(composed, resolve=True), goes_on, **facts),
+                Interrupts(folder, config.trainer.grace_seconds, command, found.checkpoint) as interrupts,
+            ):
+                settle(folder, found)
+                objectives = _run_within_memory(config, Attempt(folder, launch, info, found, start, interrupts))
+        except Pruned as reason:
             write_page(folder.path)
-        raise
-    finally:
-        _check_base()
+            console.say("pruned", str(reason))
+            return None
+        except Exception:
+            if (folder.path / "metrics.jsonl").exists():
+                with suppress(OSError):  # a disk that is full; the error itself goes on
+                    write_page(folder.path)
+            raise
+        finally:
+            _check_base()
     show_result(folder.path, table=launch.sweep is None)
     return _returned(objectives)
+
+
+def _same(resume: str | None, folder: Path) -> bool:
+    return resume is not None and Path(resume).resolve() == folder.resolve()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What stays the same where a run is tried again with less at a time, but for the checkpoint.
+
+    Args:
+        folder: The run's.
+        launch: How it was started.
+        info: What the tracker is told.
+        found: Where it goes on from.
+        start: The adapter to go on from; None for a new one.
+        interrupts: Who may ask it to leave.
+    """
+
+    folder: RunFolder
+    launch: Launch
+    info: RunInfo
+    found: Found
+    start: Path | None
+    interrupts: Interrupts
+
+
+def _run_within_memory(config: Config, attempt: Attempt) -> list[float] | None:
+    """Run, and where memory runs out and `trainer.auto_find_batch_size` allows it, go on with less at a time."""
+    while True:
+        for line in attempt.found.say():
+            console.note(line)
+        try:
+            with isolated_job():
+                return _run(config, attempt)
+        except OutOfMemory as error:
+            if not config.trainer.auto_find_batch_size or error.smaller is None:
+                raise
+            config, change = error.smaller, error.change
+        found = newest_checkpoint(attempt.folder.checkpoints)
+        where = found.checkpoint.name if found.checkpoint else "the first step"
+        console.note(f"memory ran out; again from {where} with {change}")
+        attempt = replace(attempt, found=found, info=replace(attempt.info, goes_on=True))
 
 
 def _returned(objectives: list[float] | None) -> float | list[float] | None:
@@ -148,9 +207,14 @@ def _check_base() -> None:
         console.note("this run changed the base weights; the next job of this process loads them afresh")
 
 
-def _run(
-    config: Config, folder: RunFolder, launch: Launch, info: RunInfo, checkpoint: Path | None, start: Path | None
-) -> list[float] | None:
+def _run(config: Config, attempt: Attempt) -> list[float] | None:
+    memory = MemoryGuard(config, attempt.folder)
+    with memory.told():
+        return _guarded_run(config, attempt, memory)
+
+
+def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[float] | None:
+    folder, launch = attempt.folder, attempt.launch
     quiet_libraries()
     trial = launch.folder.name if launch.sweep else None
     console.header(header_lines(config, launch.choices, [("folder", str(launch.folder))], trial))
@@ -162,7 +226,8 @@ def _run(
     bound_kernel_caches()
     console.say("machine", use_threads(config.engine.num_threads))
     reset_peak_memory()
-    prepared = prepare_training(config, folder, splits, start)
+    prepared = prepare_training(config, folder, splits, attempt.start)
+    memory.engine, memory.work = prepared.engine, prepared.work
     policy = prepared.policy
     folder.note(
         device=device_facts(policy.device),
@@ -172,17 +237,18 @@ def _run(
         reference={"model": policy.reference if config.recipe.needs_reference else None, "computed": 0, "reused": 0},
     )
 
-    tracker = Guarded.start(config.tracker, info)
+    tracker = Guarded.start(config.tracker, replace(attempt.info, logged=attempt.found.lines))
     failed_to_start = tracker.failure
     console.say("tracker", failed_to_start or tracker.where or "none")
     ending: Ending = "failed"
     try:
+        from lora_exp.training.loop import leave_on_signal, report_to
+
         trainer = build_trainer(config, folder, prepared, tracker)
         if launch.trial is not None:
-            from lora_exp.training.loop import report_to
-
             report_to(launch.trial, trainer, config.objectives[0])
-        final = _train(config, folder, prepared, trainer, checkpoint)
+        leave_on_signal(attempt.interrupts, trainer)
+        final = _train(config, attempt, prepared, trainer)
         from lora_exp.preflight.duration import keep_measured_speed
 
         keep_measured_speed(config, prepared, trainer, final, folder.wall_times)
@@ -253,39 +319,13 @@ def build_trainer(config: Config, folder: RunFolder, prepared: Prepared, tracker
     return trainer
 
 
-def header_lines(
-    config: Config, choices: Mapping[str, str], last: Sequence[tuple[str, str]] = (), trial: str | None = None
-) -> list[tuple[str, str]]:
-    """Return what a run was composed of, a name and a line each.
-
-    Args:
-        config: The run.
-        choices: The option taken from each config group.
-        last: What else there is to say.
-        trial: The name of the trial, in a multirun.
-    """
-    model = config.model.pretrained_model_name_or_path
-    adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
-    lora, recipe = config.lora, config.recipe
-    return [
-        *([("trial", trial)] if trial else []),
-        ("recipe", f"{recipe.name}, max_length {recipe.max_length}, prompts {recipe.max_prompt_length}"),
-        ("model", f"{choices.get('model', '')} ({model}){adapter}".strip()),
-        ("quant", choices.get("quant", "") or config.quant.target or "none"),
-        (
-            "lora",
-            f"{choices.get('lora', '')} r={lora.r} alpha={lora.lora_alpha:g} dropout={lora.lora_dropout:g}".strip(),
-        ),
-        *last,
-    ]
-
-
 def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files: str) -> TokenizedData:
     """Turn the rows into the token ids that the run trains on; say and write down what was cut or dropped."""
     from lora_exp.models.policy import load_tokenizer
     from lora_exp.preflight.losses import require_rows_kept
 
     tokenizer = load_tokenizer(config.model, files)
+    use_template(tokenizer, config.data.chat_template_path)
     recipe = config.recipe
     data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template)
     reports = {split: report.as_dict() for split, report in data.reports.items()}
@@ -342,27 +382,26 @@ def _store(config: Config) -> ReferenceStore:
     return ReferenceStore(path, config.store.max_size)
 
 
-def _train(
-    config: Config, folder: RunFolder, prepared: Prepared, trainer: Any, checkpoint: Path | None
-) -> dict[str, float]:
+def _train(config: Config, attempt: Attempt, prepared: Prepared, trainer: Any) -> dict[str, float]:
     """Train, evaluate and save; return the final numbers."""
     from lora_exp.models.policy import save_adapter
     from lora_exp.training.loop import evaluate, train
     from lora_exp.training.samples import answer, fixed_prompts, length_metrics
 
-    data, policy = prepared.data, prepared.policy
+    data, policy, folder = prepared.data, prepared.policy, attempt.folder
     prompts = fixed_prompts(data, config.recipe.row_kind.answers[0], config.samples.num_prompts)
     length = config.samples.max_new_tokens
     with folder.stage("evaluate"):
         before = answer(policy.model, data.tokenizer, prompts, length)
-    with folder.stage("train"):
-        final = train(trainer, checkpoint)
+    with folder.stage("train"), attempt.interrupts.between_steps():
+        final = train(trainer, attempt.found.checkpoint)
     with folder.stage("evaluate"):
         final |= evaluate(trainer, "val" in data.datasets)
         after = answer(policy.model, data.tokenizer, prompts, length)
         final |= length_metrics(after)
     with folder.stage("save"):
-        save_adapter(policy, data.tokenizer, folder.adapter)
+        with writing("the adapter", folder.adapter, folder.path):
+            save_adapter(policy, data.tokenizer, folder.adapter)
         folder.write_json("metrics.json", final)
         answers = zip(prompts, before, after, strict=True)
         folder.write_jsonl(

@@ -7,15 +7,17 @@ import math
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_exp.errors import Problem, Pruned, UserError
+from lora_exp.disk import writing
+from lora_exp.errors import Interrupted, Problem, Pruned, UserError
 
 Status = Literal["running", "finished", "failed", "pruned"]
 PACKAGES = (
@@ -30,15 +32,26 @@ PACKAGES = (
     "hydra-core",
 )
 
+UNFINISHED = ".unfinished"
+"""How the name of a file ends that is being written, hidden beside its place."""
+
+RESERVE = ".reserve"
+RESERVED_BYTES = 1 << 16
+"""Kept while a run is at work, so that a disk that it fills has room for its last words."""
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader, or a kill at any moment, sees the old text or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{UNFINISHED}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:
@@ -101,6 +114,8 @@ class RunFolder:
         self.path = path
         self.facts: dict[str, Any] = {}
         self.wall_times: dict[str, float] = {}
+        self.current_stage = "start"
+        self._noting = threading.RLock()
 
     @property
     def checkpoints(self) -> Path:
@@ -125,7 +140,9 @@ class RunFolder:
             UserError: If the folder holds another run, or cannot be written.
         """
         self._claim(resumed)
-        write_whole(self.path / "config.yaml", config)
+        self._write("config.yaml", config)
+        with writing("the run folder", self.path, self.path):
+            (self.path / RESERVE).write_bytes(os.urandom(RESERVED_BYTES))
         self.note(
             status="running",
             **facts,
@@ -140,30 +157,48 @@ class RunFolder:
         except Pruned as reason:
             self.note(status="pruned", pruned=str(reason), ended=_now())
             raise
-        except BaseException as error:
-            self.note(status="failed", error=f"{type(error).__name__}: {error}", ended=_now())
+        except Interrupted as error:
+            self.end_as_failed(f"{error.what}; {error.mend}")
             raise
+        except BaseException as error:
+            self.end_as_failed(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            (self.path / RESERVE).unlink(missing_ok=True)
         self.note(status="finished", ended=_now())
 
     def note(self, **facts: Any) -> None:
         """Put facts into `run.json`."""
-        self.facts |= facts
-        self.write_json("run.json", {**self.facts, "wall_times": self.wall_times})
+        with self._noting:
+            self.facts |= facts
+            self.write_json("run.json", {**self.facts, "wall_times": self.wall_times})
+
+    def end_as_failed(self, error: str) -> None:
+        """Put into `run.json` why the run ends, also on a disk that it has filled."""
+        with suppress(OSError):
+            (self.path / RESERVE).unlink(missing_ok=True)
+        with suppress(UserError, OSError):  # the error itself is on its way, and must not be lost over this
+            self.note(status="failed", error=error, ended=_now())
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder."""
-        write_whole(self.path / name, to_json(value) + "\n")
+        self._write(name, to_json(value) + "\n")
 
     def write_jsonl(self, name: str, rows: list[Any]) -> None:
         """Write a JSON Lines file of the folder."""
-        write_whole(self.path / name, "".join(to_json(row, indent=None) + "\n" for row in rows))
+        self._write(name, "".join(to_json(row, indent=None) + "\n" for row in rows))
+
+    def _write(self, name: str, text: str) -> None:
+        with writing(name, self.path / name, self.path):
+            write_whole(self.path / name, text)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a part of the run into `wall_times`."""
-        start = time.perf_counter()
+        """Time a part of the run into `wall_times`; where it raises, it stays the current one."""
+        start, before, self.current_stage = time.perf_counter(), self.current_stage, name
         try:
             yield
+            self.current_stage = before
         finally:
             self.wall_times[name] = round(self.wall_times.get(name, 0.0) + time.perf_counter() - start, 3)
 
@@ -173,7 +208,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if not resumed and run_json.exists() and not holds_run(self.path):
                 run_json.unlink()
-            with run_json.open("r" if resumed else "x"):
+            started = run_json.exists() or not (self.path / ".hydra").is_dir()
+            with run_json.open("r" if resumed and started else "x"):
                 pass
         except FileExistsError:
             if not self.path.is_dir():

@@ -6,6 +6,7 @@ Imports nothing heavy: every config error answers before torch is loaded.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def check(composed: DictConfig) -> tuple[Config | None, list[Problem]]:
         if not (isinstance(section_type, type) and issubclass(section_type, Section)):
             continue
         rules += section_type.rules
+        problems += _missing_package(name, section_type)
         try:
             sections[name] = section_type.model_validate(raw.get(name))
         except ValidationError as error:
@@ -73,6 +75,17 @@ def check(composed: DictConfig) -> tuple[Config | None, list[Problem]]:
     problems += broken_rules(rules, values, invalid)
     problems += _unknown_objective(raw.get("objective"), sections.get("recipe"))
     return (None if problems else config), problems
+
+
+def _missing_package(group: str, section: type[Section]) -> list[Problem]:
+    """Check that what does a section's work is installed; nothing is imported."""
+    if section.package is None:
+        return []
+    module, extra = section.package
+    found = importlib.util.find_spec(module)
+    if found is not None and found.origin is not None:  # without one it is a folder that has the same name
+        return []
+    return [Problem(group, f"the package {module} is not installed", f"pip install 'lora_exp[{extra}]'")]
 
 
 def _without_echoes(problems: list[Problem], composed: DictConfig) -> list[Problem]:

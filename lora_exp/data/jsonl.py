@@ -6,33 +6,34 @@ import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from lora_exp.data.formats import Row, RowFormat
+from lora_exp.data.kinds import RowKind
+from lora_exp.data.reasons import json_type, reasons
 from lora_exp.errors import Problem, UserError, count
 
 SHOWN = 20
 """Bad lines that are named one by one; the rest are counted."""
 
-Row = TypeVar("Row", bound=BaseModel)
 
-
-class JsonlFile(Generic[Row]):
-    """A file of one JSON object a line, each line a `row_type`. Blank lines are skipped.
+class JsonlFile:
+    """A file of one JSON object a line, each a row of the kind, all in one format. Blank lines are skipped.
 
     Iterating yields the good rows and gathers the bad lines in `problems` (the first `SHOWN` of them) and
-    `bad_lines` (their number).
+    `bad_lines` (their number). `format` is that of the first row that has one.
     """
 
-    def __init__(self, path: Path, row_type: type[Row]) -> None:
+    def __init__(self, path: Path, kind: RowKind) -> None:
         self.path = path
-        self.row_type = row_type
+        self.kind = kind
+        self.format: RowFormat | None = None
         self.problems: list[Problem] = []
         self.bad_lines = 0
 
     def __iter__(self) -> Iterator[Row]:
-        self.problems, self.bad_lines = [], 0
+        self.problems, self.bad_lines, self.format = [], 0, None
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 # An editor's byte-order mark before the first line is no part of the JSON.
@@ -45,11 +46,16 @@ class JsonlFile(Generic[Row]):
 
     def _parse(self, line: bytes, number: int) -> Row | None:
         try:
-            return self.row_type.model_validate(_object(line))
-        except ValidationError as error:
-            self._bad(number, "; ".join(reason(item) for item in error.errors()))
+            row = _object(line)
+            self.format = self.format or self.kind.recognise(row)
         except ValueError as error:
             self._bad(number, str(error))
+            return None
+        try:
+            return self.format.row.model_validate(row)
+        except ValidationError as error:
+            stranger = self.kind.stranger(row, self.format)
+            self._bad(number, stranger or reasons(error))
         return None
 
     def _bad(self, number: int, reason: str) -> None:
@@ -73,31 +79,11 @@ def _object(line: bytes) -> dict[str, object]:
     except RecursionError as error:
         raise ValueError("not JSON that can be read: it is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError(f"a row must be an object, not {_json_type(value)}")
+        raise ValueError(f"a row must be an object, not {json_type(value)}")
     return value
 
 
-def _json_type(value: object) -> str:
-    names = {str: "a string", list: "a list", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def reason(item: object) -> str:
-    """Say in a few words what a pydantic finding means for the person who wrote the line."""
-    assert isinstance(item, dict)
-    where = ".".join(str(part) for part in item["loc"])
-    special = {
-        "missing": "is missing",
-        "string_too_short": "is empty",
-        "string_type": f"should be a string, not {_json_type(item['input'])}",
-        "model_type": f"should be an object, not {_json_type(item['input'])}",
-        "list_type": f"should be a list, not {_json_type(item['input'])}",
-    }
-    text = special.get(item["type"], item["msg"].removeprefix("Value error, "))
-    return f"{where}: {text}" if where else text
-
-
-def read_all(files: list[JsonlFile[Row]]) -> list[list[Row]]:
+def read_all(files: list[JsonlFile]) -> list[list[Row]]:
     """Read every file and return its rows.
 
     Raises:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel, ValidationError
 
 from lora_exp.config import DataConfig
-from lora_exp.data.jsonl import SHOWN, JsonlFile, read_all, reason
+from lora_exp.data.hub import from_load_dataset
+from lora_exp.data.jsonl import JsonlFile, read_all
 from lora_exp.data.kinds import RowKind
-from lora_exp.errors import Problem, UserError, count
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows of one split: `prompt` and one string for each answer; and where they come from."""
-
-    rows: list[dict[str, str]]
-    source: str
+from lora_exp.data.split import Split
+from lora_exp.errors import Problem, UserError
 
 
 def load_splits(config: DataConfig, kind: RowKind) -> dict[str, Split]:
@@ -29,7 +19,7 @@ def load_splits(config: DataConfig, kind: RowKind) -> dict[str, Split]:
     Raises:
         UserError: Every bad row of every split, as `file:line: reason`.
     """
-    return _from_load_dataset(config, kind) if config.path is not None else _from_files(config, kind)
+    return from_load_dataset(config, kind) if config.path is not None else _from_files(config, kind)
 
 
 def _from_files(config: DataConfig, kind: RowKind) -> dict[str, Split]:
@@ -43,11 +33,16 @@ def _from_files(config: DataConfig, kind: RowKind) -> dict[str, Split]:
             "there is no training data",
             [Problem("data.splits_dir", "is not set, and neither is data.train_file", "data.splits_dir=my_rows")],
         )
-    rows = read_all([JsonlFile[Any](path, kind.file_row) for path in found.values()])
+    read = [JsonlFile(path, kind) for path in found.values()]
     return {
-        split: Split([row.columns() for row in split_rows], _source(path, config.splits_dir))
-        for (split, path), split_rows in zip(found.items(), rows, strict=True)
+        split: Split([row.columns() for row in rows], _source(path, config.splits_dir), _format_of(file))
+        for (split, path), file, rows in zip(found.items(), read, read_all(read), strict=True)
     }
+
+
+def _format_of(file: JsonlFile) -> str:
+    assert file.format is not None, "a file that was read without problems has rows"
+    return file.format.name
 
 
 def _path(file: str | None, splits_dir: str | None, default_name: str) -> Path | None:
@@ -76,65 +71,3 @@ def _source(path: Path, splits_dir: str | None) -> str:
     """Name a file for reports: rows inside a package by the package, not by where it is installed."""
     inside = splits_dir is not None and splits_dir.startswith("pkg://") and path.parent == _folder(splits_dir)
     return f"{splits_dir}/{path.name}" if inside else str(path)
-
-
-def _from_load_dataset(config: DataConfig, kind: RowKind) -> dict[str, Split]:
-    """Read whatever `datasets.load_dataset` reads, with its columns renamed by `data.columns` (ours to theirs)."""
-    names = {"train": config.train_split or "train", "val": config.val_split}
-    wanted = {split: name for split, name in names.items() if name is not None}
-    splits: dict[str, Split] = {}
-    problems = _unknown_columns(config, kind)
-    for split, name in wanted.items():
-        rows, bad = _checked(_load_dataset(config, name), config, kind.column_row, f"{config.path}[{name}]")
-        splits[split] = Split(rows, f"{config.path}[{name}]")
-        problems += bad
-    if problems:
-        shown = problems[:SHOWN]
-        if len(problems) > SHOWN:
-            shown.append(Problem(str(config.path), f"and {count(len(problems) - SHOWN, 'more bad row')}"))
-        raise UserError(f"{count(len(problems), 'row')} of the data cannot be used", shown)
-    return splits
-
-
-def _unknown_columns(config: DataConfig, kind: RowKind) -> list[Problem]:
-    ours = list(kind.column_row.model_fields)
-    return [
-        Problem(f"data.columns.{name}", "is no column of ours", f"ours are {', '.join(ours)}")
-        for name in config.columns
-        if name not in ours
-    ]
-
-
-def _load_dataset(config: DataConfig, split: str) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(config.path, config.name, data_files=config.data_files, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        where = Problem(f"data.path={config.path}", cause, "check data.path, data.name, data.data_files and the splits")
-        raise UserError("the data cannot be loaded", [where]) from error
-    finally:
-        datasets.enable_progress_bars()
-
-
-def _checked(
-    dataset: Any, config: DataConfig, row_type: type[BaseModel], source: str
-) -> tuple[list[dict[str, str]], list[Problem]]:
-    """Check every row of a dataset; return the good ones and the bad ones' reasons."""
-    columns = {ours: config.columns.get(ours, ours) for ours in row_type.model_fields}
-    absent = [theirs for theirs in columns.values() if theirs not in dataset.column_names]
-    if absent:
-        mend = "map ours to theirs: " + " ".join(f"+data.columns.{ours}=..." for ours in columns)
-        what = f"has no column {', '.join(absent)}; it has {', '.join(dataset.column_names)}"
-        return [], [Problem(source, what, mend)]
-    rows, problems = [], []
-    for number, row in enumerate(dataset, start=1):
-        try:
-            checked = row_type.model_validate({ours: row[theirs] for ours, theirs in columns.items()})
-        except ValidationError as error:
-            problems.append(Problem(f"{source}:{number}", "; ".join(reason(item) for item in error.errors())))
-        else:
-            rows.append(checked.model_dump())
-    return rows, problems

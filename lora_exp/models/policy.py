@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from lora_exp.models.bitsandbytes import keep_differentiable
 from lora_exp.models.precision import Precision, choose_device, choose_precision
 from lora_exp.models.shared import SHARED_BASE, base_key
 from lora_exp.models.targets import choose_targets, linear_layers, uses_conv1d
+from lora_exp.training.integrity import staged
 
 Reference = Literal["adapter off", "start adapter"]
 """What a reference model is: the base alone, or a frozen copy of the adapter as it was at the start."""
@@ -240,10 +240,7 @@ def save_adapter(policy: Policy, tokenizer: Any, folder: Path) -> None:
 
     A PiSSA adapter is written as the plain LoRA (of twice the rank) that does the same to the untouched base.
     """
-    beside = folder.with_name(f".{folder.name}")
     convert = {} if policy.initial is None else {"path_initial_model_for_weight_conversion": str(policy.initial)}
-    policy.model.save_pretrained(str(beside), **convert)
-    tokenizer.save_pretrained(str(beside))
-    if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
+    with staged(folder, sealed=False) as part:
+        policy.model.save_pretrained(str(part), **convert)
+        tokenizer.save_pretrained(str(part))

@@ -46,10 +46,14 @@ def data_lines(reports: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what became of each split's rows."""
     for split, report in reports.items():
         say(split, _data_line(report))
+        if report["unended"]:
+            rows = count(report["unended"], "row")
+            note(f"{rows} of {split} with an answer that no special token ends: the model does not learn to stop there")
 
 
 def _data_line(report: Mapping[str, Any]) -> str:
-    parts = [count(report["kept"], "row")]
+    rows = f"{report['format']} row".strip()
+    parts = [count(report["kept"], rows)]
     if report["kept"] < report["rows"]:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in report["dropped"].items())
         parts[0] += f" of {report['rows']:,}"

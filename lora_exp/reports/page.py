@@ -322,6 +322,7 @@ def data_rows(reports: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[str]
         "answers cut": lambda report: _cut(report, "answer"),
         "prompt tokens": lambda report: _spread(report.get("prompt_lengths")),
         "answer tokens": lambda report: _spread(report.get("answer_lengths")),
+        "format": lambda report: str(report.get("format") or ""),
         "source": lambda report: str(report.get("source") or ""),
     }
     splits = list(reports)

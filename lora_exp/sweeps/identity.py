@@ -20,6 +20,8 @@ WITHOUT_EFFECT = (
     "store",
     "sweep",
     "tracker",
+    "trainer.auto_find_batch_size",
+    "trainer.grace_seconds",
     "trainer.logging_first_step",
     "trainer.logging_steps",
 )

@@ -15,7 +15,9 @@ from lora_exp.run_folder import RunFolder
 from lora_exp.search.pruning import SearchTrial
 from lora_exp.tracking.base import ActiveRun
 from lora_exp.training.arguments import training_arguments
-from lora_exp.training.callbacks import Display, MetricsFile, Pruning, SaveAfterEvaluation, TrackerFeed
+from lora_exp.training.callbacks import Display, Leaving, MetricsFile, Pruning, SaveAfterEvaluation, TrackerFeed
+from lora_exp.training.interrupt import Interrupts
+from lora_exp.training.watch import RowNames
 
 if TYPE_CHECKING:
     from lora_exp.data.tokenize import TokenizedData
@@ -66,6 +68,8 @@ def make_trainer(
         problem = Problem("trainer or recipe", str(error))
         raise UserError(f"{config.recipe.library_class} refuses the config", [problem]) from error
     trainer.remove_callback(PrinterCallback)
+    trainer.zero_loss = config.recipe.zero_loss
+    trainer.rows = RowNames(data, config.recipe.row_kind.answers)
     engine.equip(trainer, work)
     return trainer
 
@@ -85,6 +89,11 @@ def train(trainer: Any, checkpoint: Path | None) -> dict[str, float]:
             if isinstance(callback, Display):
                 callback.display.stop()
     return dict(output.metrics)
+
+
+def leave_on_signal(interrupts: Interrupts, trainer: Any) -> None:
+    """Have a run write a checkpoint and leave where it is asked to; after everyone else has seen the step."""
+    trainer.add_callback(Leaving(interrupts, trainer))
 
 
 def report_to(trial: SearchTrial, trainer: Any, objective: str) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from lora_exp.data.jsonl import SHOWN, JsonlFile, read_all
-from lora_exp.data.preference import PreferenceRow
+from lora_exp.data.kinds import PREFERENCE
 from lora_exp.errors import Problem, UserError
 
 GOOD = '{"prompt": "p", "chosen": "c", "rejected": "r"}'
@@ -38,13 +37,13 @@ BAD_LINES = {
 }
 
 
-def rows_of(*paths: Path, row_type: type[BaseModel] = PreferenceRow) -> list[list[Any]]:
-    return read_all([JsonlFile(path, row_type) for path in paths])
+def rows_of(*paths: Path) -> list[list[Any]]:
+    return read_all([JsonlFile(path, PREFERENCE) for path in paths])
 
 
-def refusal(*paths: Path, row_type: type[BaseModel] = PreferenceRow) -> UserError:
+def refusal(*paths: Path) -> UserError:
     with pytest.raises(UserError) as caught:
-        rows_of(*paths, row_type=row_type)
+        rows_of(*paths)
     return caught.value
 
 
@@ -143,7 +142,7 @@ def test_a_folder_is_no_file_of_rows(tmp_path: Path) -> None:
 
 
 def test_a_file_can_be_read_twice(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
-    file = JsonlFile(write_jsonl(tmp_path / "rows.jsonl", [GOOD, "{"]), PreferenceRow)
+    file = JsonlFile(write_jsonl(tmp_path / "rows.jsonl", [GOOD, "{"]), PREFERENCE)
     first, second = (([row.columns() for row in file], list(file.problems), file.bad_lines) for _ in range(2))
     assert first == second
     assert first[2] == 1
@@ -154,7 +153,7 @@ def test_exactly_the_bad_lines_are_reported(good: list[bool]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(f"{GOOD if fine else '{}'}\n" for fine in good), encoding="utf-8")
-        file = JsonlFile(path, PreferenceRow)
+        file = JsonlFile(path, PREFERENCE)
         assert len(list(file)) == sum(good)
         bad = [f"{path}:{number}" for number, fine in enumerate(good, start=1) if not fine]
         assert file.bad_lines == len(bad)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lora_exp.config import DataConfig
 from lora_exp.data import tokenize
 from lora_exp.data.lengths import RowLengths
-from lora_exp.data.tokenize import Limits, SplitReport
+from lora_exp.data.tokenize import Encoded, Limits, SplitReport
 from lora_exp.errors import UserError
 from lora_exp.preflight.lengths import (
     effect,
@@ -42,8 +42,9 @@ def limits(draw: st.DrawFn) -> Limits:
 def cut(rows: list[tuple[list[int], ...]], asked: Limits) -> tuple[SplitReport, list[list[list[int]]]]:
     """Cut rows of token ids as the run does."""
     report = SplitReport("rows")
-    made = [tokenize._cut(list(prompt), list(map(list, answers)), asked, report) for prompt, *answers in rows]
-    return report, [each for each in made if each is not None]
+    whole = [Encoded(list(prompt), list(map(list, answers))) for prompt, *answers in rows]
+    made = [tokenize._cut(each, asked, report) for each in whole]
+    return report, [[each.prompt, *each.answers] for each in made if each is not None]
 
 
 @given(rows_of_one | rows_of_two, limits(), limits())
