@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 
 from lora_exp.help_page import help_page
 from lora_exp.rules import Rule
@@ -39,6 +47,23 @@ def register_resolvers() -> None:
     )
     OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
     OmegaConf.register_new_resolver("help_page", lambda: help_page(CONF_DIR), replace=True)
+
+
+SIZE = "a size with its unit, such as 2GB or 500MB"
+
+
+def _with_unit(value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        size = parse(value)
+    except ValueError as error:
+        raise ValueError(SIZE) from error
+    if size < 0:
+        raise ValueError(SIZE)
+    return size
+
+
+Size = Annotated[ByteSize, WrapValidator(_with_unit)]
+"""Bytes, as a number or with a unit."""
 
 
 class Section(BaseModel):
@@ -142,6 +167,8 @@ class DataConfig(Section):
     chat_template_path: str | None = None
     max_dropped_share: float | None = Field(0.05, ge=0, le=1)
     max_cut_share: float | None = Field(None, ge=0, le=1)
+    on_leak: Literal["warn", "error", "ignore"] = "warn"
+    cache_size: Size = ByteSize(20 * 10**9)
 
     rules = (
         Rule(
@@ -312,25 +339,18 @@ def _trains_only(val_file: str | None, splits_dir: str | None, val_split: str | 
     return any(train) and not (val_file or splits_dir or val_split)
 
 
-SIZE = "a size with its unit, such as 2GB or 500MB"
-
-
 class StoreConfig(Section):
     """Where reference log-probabilities are kept between runs."""
 
     path: str | None
-    max_size: ByteSize
+    max_size: Size
 
-    @field_validator("max_size", mode="wrap")
+    @field_validator("max_size")
     @classmethod
-    def _with_unit(cls, value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            size = parse(value)
-        except ValueError as error:
-            raise ValueError(SIZE) from error
-        if size <= 0:
+    def _not_zero(cls, value: int) -> int:
+        if not value:
             raise ValueError(SIZE)
-        return size
+        return value
 
 
 class SweepConfig(Section):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import Config, DataConfig
+from lora_exp.data.cache import data_cache
 from lora_exp.data.kinds import RowKind
 from lora_exp.data.load import load_splits
 from lora_exp.data.split import Split
@@ -80,7 +81,9 @@ def _one(job: Job, choices: Mapping[str, str]) -> int:
     preview = _preview(config)
     from lora_exp.preflight.report import show_lengths, show_memory, show_schedule, show_time  # imports torch
 
-    console.data_lines({split: report.as_dict() for split, report in preview.data.reports.items()})
+    console.data_lines({split: report.as_dict() for split, report in preview.data.reports.items()}, preview.data.kept)
+    for finding in (each for split in preview.data.splits.values() for each in split.findings):
+        console.note(str(finding))
     trainer = config.trainer
     show_schedule(preview.schedule, trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps)
     console.say("engine", _engine_line(config, preview))
@@ -149,7 +152,9 @@ def _preview(config: Config) -> Preview:
 
         recipe, tokenizer = config.recipe, load_tokenizer(config.model, files)
         use_template(tokenizer, config.data.chat_template_path)
-        data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template)
+        cache = data_cache(config.data.cache_size)
+        answers, template = recipe.row_kind.answers, config.data.chat_template
+        data = tokenize_splits(splits, answers, tokenizer, recipe.limits, template, cache)
         data.require_rows()
         plan = schedule(config.trainer, len(data.datasets["train"]), "val" in data.datasets)
         lengths = {split: report.lengths for split, report in data.reports.items()}

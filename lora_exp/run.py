@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import Config
+from lora_exp.data.cache import data_cache
 from lora_exp.data.load import load_splits
 from lora_exp.data.split import Split
 from lora_exp.data.template import use_template
@@ -327,10 +328,13 @@ def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files:
     tokenizer = load_tokenizer(config.model, files)
     use_template(tokenizer, config.data.chat_template_path)
     recipe = config.recipe
-    data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template)
-    reports = {split: report.as_dict() for split, report in data.reports.items()}
+    cache = data_cache(config.data.cache_size)
+    data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template, cache)
+    reports = {split: report.as_dict() | splits[split].found() for split, report in data.reports.items()}
     folder.write_json("data_report.json", reports)
-    console.data_lines(reports)
+    console.data_lines(reports, data.kept)
+    for line in [str(finding) for split in splits.values() for finding in split.findings] + cache.failures:
+        console.note(line)
     data.require_rows()
     require_rows_kept(config.data, recipe.limits, data.reports)
     return data

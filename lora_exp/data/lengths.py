@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,13 +13,21 @@ if TYPE_CHECKING:
 class RowLengths:
     """Tokens of each row, a few bytes a row.
 
-    Attributes:
+    Args:
         answers: How many answers a row has; known from the first one.
+        numbers: Those of the rows so far.
     """
 
-    def __init__(self) -> None:
-        self.answers = 0
-        self._numbers = array("I")
+    def __init__(self, answers: int = 0, numbers: Iterable[int] = ()) -> None:
+        self.answers = answers
+        self._numbers = array("I", numbers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowLengths) and self.as_dict() == other.as_dict()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `RowLengths(**kept)` makes the same of, as JSON keeps it."""
+        return {"answers": self.answers, "numbers": self._numbers.tolist()}
 
     def __len__(self) -> int:
         return len(self._numbers) // (self.answers + 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -42,10 +42,10 @@ def note(line: str) -> None:
     log.info("note: %s", line)
 
 
-def data_lines(reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print what became of each split's rows."""
+def data_lines(reports: Mapping[str, Mapping[str, Any]], kept: Container[str] = ()) -> None:
+    """Print what became of each split's rows, and of which an earlier run had made the token ids."""
     for split, report in reports.items():
-        say(split, _data_line(report))
+        say(split, _data_line(report) + (" · from the cache" if split in kept else ""))
         if report["unended"]:
             rows = count(report["unended"], "row")
             note(f"{rows} of {split} with an answer that no special token ends: the model does not learn to stop there")

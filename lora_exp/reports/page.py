@@ -323,10 +323,16 @@ def data_rows(reports: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[str]
         "prompt tokens": lambda report: _spread(report.get("prompt_lengths")),
         "answer tokens": lambda report: _spread(report.get("answer_lengths")),
         "format": lambda report: str(report.get("format") or ""),
+        "found": _found,
         "source": lambda report: str(report.get("source") or ""),
     }
     splits = list(reports)
     return [(name, [cell(report) for report in splits]) for name, cell in cells.items()]
+
+
+def _found(report: Mapping[str, Any]) -> str:
+    findings = report.get("findings") or {}
+    return "\n".join(f"{found['rows']:,} {name.replace('_', ' ')}" for name, found in findings.items()) or "nothing"
 
 
 def _count(value: int | None) -> str:

@@ -10,8 +10,10 @@ from typing import Any
 from lora_exp.rules import flatten
 
 WITHOUT_EFFECT = (
+    "data.cache_size",
     "data.max_cut_share",
     "data.max_dropped_share",
+    "data.on_leak",
     "direction",
     "dry_run",
     "hydra",
