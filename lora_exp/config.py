@@ -194,6 +194,7 @@ class TrainerConfig(Section):
     set_elsewhere = {
         "output_dir": "output_dir=...",
         "seed": "seed=...",
+        "full_determinism": "deterministic=true",
         "report_to": "tracker=...",
         "run_name": "tracker.name=...",
         "resume_from_checkpoint": "resume=<run folder>",
@@ -383,6 +384,7 @@ class Config(Section):
     sweep: SweepConfig
     samples: SamplesConfig
     seed: int = Field(ge=0)
+    deterministic: bool = False
     objective: str | Annotated[list[str], Field(min_length=1)] | None
     direction: Way | list[Way] | None
     output_dir: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lora_exp.config import Config
+from lora_exp.reports.page import REMOTE_CODE
 
 
 def header_lines(
@@ -25,6 +26,7 @@ def header_lines(
         *([("trial", trial)] if trial else []),
         ("recipe", f"{recipe.name}, max_length {recipe.max_length}, prompts {recipe.max_prompt_length}"),
         ("model", f"{choices.get('model', '')} ({model}){adapter}".strip()),
+        *([("code", REMOTE_CODE)] if config.model.trust_remote_code else []),
         ("quant", choices.get("quant", "") or config.quant.target or "none"),
         (
             "lora",
