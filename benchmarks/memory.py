@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lora_exp.run_folder import versions
+from lora_exp.provenance import versions
 
 RESULTS = Path(__file__).with_name("MEMORY.md")
 ALLOWED = 0.15
@@ -30,7 +30,7 @@ CHECKPOINTING = "trainer.gradient_checkpointing=true"
 CASES = (
     (TINY, "recipe=sft", BF16),
     (TINY, "recipe=dpo", FP32),
-    (TINY, "recipe=sft", FP32, "engine=padded", f"{BATCH}=32"),
+    (TINY, "recipe=sft", FP32, "engine=padded"),
     (SMOL, "recipe=sft", BF16),
     (SMOL, "recipe=dpo", BF16, "quant=8bit"),
     (SMOL, "recipe=sft", BF16, "engine=padded", f"{BATCH}=4"),

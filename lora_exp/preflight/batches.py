@@ -88,3 +88,21 @@ def flat_row(examples: Examples) -> list[Family]:
             rows.append(Row(len(answers) * number + index, ids, labels))
         members.append(Family(tuple(rows)))
     return members
+
+
+@dataclass(frozen=True)
+class Largest:
+    """A batch: of the packed engine the lengths of its examples, of the padded one its rows and columns."""
+
+    flat: Examples | None = None
+    padded: tuple[int, int] = (0, 0)
+
+    @property
+    def key(self) -> Any:
+        """What two batches have in common that are computed alike."""
+        return self.padded if self.flat is None else (self.flat.shape, self.flat.tobytes())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed at once."""
+        return self.padded[0] * self.padded[1] if self.flat is None else int(self.flat.sum())

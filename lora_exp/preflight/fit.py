@@ -67,21 +67,24 @@ def mends(memory: Memory, way: Way) -> list[Problem]:
 
 
 def _together(memory: Memory, way: Way) -> list[Problem]:
-    taken: list[Problem] = []
+    """Return changes that are enough one upon the other; a later one of the same key stands for the earlier."""
+    taken: dict[str, Problem] = {}
     tried: set[str] = set()
     total = memory.estimate(way).total
     while total > memory.room:
-        change = next(
-            (each for each in changes(memory, way) if each.override not in tried and each.total < total), None
-        )
+        fresh = (each for each in changes(memory, way) if each.override not in tried)
+        change = next((each for each in fresh if each.total < total), None)
         if change is None:
             what = f"all of the above together still need about {size_text(total)}"
-            return [*taken, Problem("model", what, "choose a smaller model, or a machine with more memory")]
+            mend = "choose a smaller model, or a machine with more memory"
+            return [*taken.values(), Problem("model", what, mend)]
         tried.add(change.override)
         memory, way, total = change.memory, change.way, change.total
-        label = "and " if taken else ""
-        taken.append(Problem(f"{label}{change.override}", f"about {size_text(total)}; {change.cost}"))
-    return taken
+        key = change.override.partition("=")[0]
+        taken.pop(key, None)
+        with_others = "with those above, " if taken else ""
+        taken[key] = Problem(change.override, f"{with_others}about {size_text(total)}; {change.cost}")
+    return list(taken.values())
 
 
 def changes(memory: Memory, way: Way) -> Iterator[Change]:

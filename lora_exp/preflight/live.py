@@ -91,6 +91,7 @@ ASSUMED: dict[Any, Callable[..., Any]] = {
     aten.nonzero.default: _all_places,
     aten.index.Tensor: _all_rows,
     aten._local_scalar_dense.default: _one,
+    aten.allclose.default: lambda *_, **__: True,
 }
 """Operations whose result depends on the data: the most that they can give."""
 

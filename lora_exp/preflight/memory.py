@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,12 @@ from lora_exp.machine import KERNELS
 from lora_exp.models.policy import writes_into_base
 from lora_exp.models.precision import choose_precision
 from lora_exp.models.targets import linear_layers
-from lora_exp.preflight.activations import Passes, divergence_passes, packed_passes, padded_passes
-from lora_exp.preflight.batches import Examples, Order, largest_flat, largest_padded
+from lora_exp.preflight.activations import Passes
+from lora_exp.preflight.batches import Examples, Largest, Order, largest_flat, largest_padded
 from lora_exp.preflight.estimate import Estimate, Item
 from lora_exp.preflight.lengths import shorten
+from lora_exp.preflight.model_passes import ModelPasses
 from lora_exp.preflight.schedule import schedule
-from lora_exp.preflight.twin import Twin, build_twin, period, with_layers
 from lora_exp.recipes.divergence import ROWS as DIVERGENCE_ROWS
 
 KERNEL_BYTES = int(0.75 * 2**20)
@@ -43,36 +41,6 @@ REFERENCE_ROWS = 64
 MORE = 2
 """Times as many tokens as in training make a forward pass alone worth counting: it holds less than half of what a
 backward pass needs of each token."""
-
-REMEMBERED = 64
-
-_TWINS: dict[str, Twin] = {}
-_PASSES: dict[tuple[Any, ...], Passes] = {}
-"""What was counted in this process: the trials of a sweep mostly have the same shapes."""
-
-
-def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(known) >= REMEMBERED:
-        del known[next(iter(known))]
-    known[key] = value
-
-
-@dataclass(frozen=True)
-class Largest:
-    """A batch: of the packed engine the lengths of its examples, of the padded one its rows and columns."""
-
-    flat: Examples | None = None
-    padded: tuple[int, int] = (0, 0)
-
-    @property
-    def key(self) -> Any:
-        """What two batches have in common that are computed alike."""
-        return self.padded if self.flat is None else (self.flat.shape, self.flat.tobytes())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are computed at once."""
-        return self.padded[0] * self.padded[1] if self.flat is None else int(self.flat.sum())
 
 
 @dataclass(frozen=True)
@@ -149,6 +117,7 @@ class Memory:
         self.device, self.room = place.device, place.room
         self.precision = choose_precision(config.trainer, place.device)
         self.rows = rows_of(config, lengths)
+        self._model = ModelPasses(config, structure, start, self.precision)
         self._made: dict[Way, Estimate] = {}
 
     def of(self, config: Config) -> Memory:
@@ -177,12 +146,12 @@ class Memory:
 
     def _estimate(self, way: Way) -> Estimate:
         batch = self._largest("training", way)
-        passes = self._of_batch(batch, way, train=True)
+        passes = self._model.passes(batch, True, way.checkpointing)
         adapter = self.trained_bytes * (1 + self._copies)
-        widened = self._whole.widest_quantised * self.precision_bytes
+        widened = self._model.whole.widest_quantised * self.precision_bytes
         lasting = [
             Item("process", self.place.process, "Python and the libraries"),
-            Item("base", self._whole.base_bytes, self._base_text()),
+            Item("base", self._model.whole.base_bytes, self._base_text()),
             Item("adapter", adapter, f"{self.trained:,} parameters"),
             Item(
                 "optimiser", int(self.trained_bytes * states_of(self.config.trainer.optim)), self.config.trainer.optim
@@ -191,7 +160,7 @@ class Memory:
         ]
         passing = [
             Item("gradients", self.trained_bytes),
-            Item("activations", passes.kept, self._way_text(way)),
+            Item("activations", passes.kept, passes.doubt or self._way_text(way)),
             Item("output layer", passes.peak - passes.kept + widened, "and what else lives for a moment"),
         ]
         if self.device.type == "cpu":
@@ -201,75 +170,6 @@ class Memory:
         stages = {name: before + widened + size for name, size in self._forward_stages(batch, way).items()}
         stages["loading"] = self.place.process + self._loading
         return Estimate(tuple(item for item in [*lasting, *passing] if item.size), stages)
-
-    @cached_property
-    def _whole(self) -> Twin:
-        return self._twin(self._layers)
-
-    @property
-    def _layers(self) -> int:
-        return int(self._structure.get_text_config().num_hidden_layers)
-
-    @cached_property
-    def _parts(self) -> tuple[tuple[int, Twin], ...]:
-        """The model with one period of its layers and with two, by their number; alone where it has no more.
-
-        What a pass holds grows by the same for each further period.
-        """
-        whole, one = self._layers, period(self._structure)
-        if 2 * one >= whole:
-            return ((whole, self._whole),)
-        return tuple((size, self._twin(size)) for size in (one, 2 * one))
-
-    def _twin(self, layers: int) -> Twin:
-        key = f"{self._shape} {layers}"
-        if key not in _TWINS:
-            twin = build_twin(self.config, with_layers(self._structure, layers), self.precision, self.start)
-            if getattr(self.config.recipe, "disable_dropout", False):
-                twin.disable_dropout()
-            _keep(_TWINS, key, twin)
-        return _TWINS[key]
-
-    @cached_property
-    def _shape(self) -> str:
-        """What two runs have in common whose passes hold the same for the same rows."""
-        config = self.config
-        parts = [
-            self._structure.to_json_string(use_diff=False),
-            config.model.dtype,
-            config.quant.model_dump_json(),
-            config.lora.model_dump_json(),
-            self.precision.dtype,
-            str(self.start),
-            getattr(config.recipe, "disable_dropout", False),
-        ]
-        return json.dumps(parts)
-
-    def _passes(self, key: tuple[Any, ...], count: Callable[[Twin], Passes], train: bool) -> Passes:
-        """Return what the whole model's passes hold.
-
-        Args:
-            key: What decides it, besides the model.
-            count: Counts it on a model.
-            train: Whether a backward pass follows; without one no layer leaves anything behind.
-        """
-        key = (self._shape, *key)
-        if key not in _PASSES:
-            _keep(_PASSES, key, self._extended(count) if train else count(self._parts[0][1]))
-        return _PASSES[key]
-
-    def _extended(self, count: Callable[[Twin], Passes]) -> Passes:
-        """Return what the whole model's passes hold, from those of its parts."""
-        (layers, first), *more = [(layers, count(twin)) for layers, twin in self._parts]
-        if not more:
-            return first
-        ((_, second),) = more
-        further = self._layers / layers - 1
-        return Passes(
-            round(first.kept + (second.kept - first.kept) * further),
-            round(first.peak + (second.peak - first.peak) * further),
-            second.products,
-        )
 
     def _largest(self, stage: str, way: Way) -> Largest:
         """Return the largest batch that a stage computes at once."""
@@ -285,14 +185,6 @@ class Memory:
             return Largest(flat=largest_flat(rows, order, way.tokens))
         return Largest(padded=largest_padded(rows, order))
 
-    def _of_batch(self, batch: Largest, way: Way, train: bool) -> Passes:
-        def count(twin: Twin) -> Passes:
-            if batch.flat is not None:
-                return packed_passes(twin, self.precision, batch.flat, train, way.checkpointing)
-            return padded_passes(twin, self.precision, batch.padded, train, way.checkpointing)
-
-        return self._passes((batch.key, train, way.checkpointing), count, train)
-
     def _forward_stages(self, trained: Largest, way: Way) -> dict[str, int]:
         """Return what the stages without a backward pass hold for a moment, where it may be more than training does."""
         recipe, val = self.config.recipe, self.rows.val
@@ -300,25 +192,21 @@ class Memory:
         names += ["evaluation"] if val is not None else []
         batches = {name: self._largest(name, way) for name in names}
         stages = {
-            name: self._of_batch(batch, way, train=False).peak
+            name: self._model.passes(batch, False, way.checkpointing).peak
             for name, batch in batches.items()
             if batch.tokens > MORE * trained.tokens
         }
         if val is not None and recipe.needs_reference:
             first = val[:DIVERGENCE_ROWS]
             prompt, answer, *_ = first[first[:, 1].argmax()].tolist()
-            passes = self._passes(
-                ("divergence", prompt, answer),
-                lambda twin: divergence_passes(twin, self.precision, prompt, answer),
-                train=False,
-            )
-            stages["evaluation"] = max(stages.get("evaluation", 0), passes.peak)
+            divergence = self._model.divergence(prompt, answer).peak
+            stages["evaluation"] = max(stages.get("evaluation", 0), divergence)
         return stages
 
     @property
     def base(self) -> Any:
         """The base's structure, with adapter layers and without weights."""
-        return self._whole.base
+        return self._model.whole.base
 
     def tokens_at_once(self, way: Way) -> int:
         """Return the tokens of the largest batch that training computes at once."""
@@ -331,15 +219,15 @@ class Memory:
         """
         layers = [self.base.get_submodule(name) for name in linear_layers(self.base) if "lora_" not in name]
         sizes = [(int(each.weight.shape[-1]), int(each.weight.shape[0])) for each in layers]
-        head = self.base.get_output_embeddings().weight.numel()
+        head = math.prod(getattr(self.base.get_output_embeddings(), "weight", torch.empty(0)).shape)
         scored = self.rows.train[:, 1:].sum() / self.rows.train.sum()
         return max(sizes, key=math.prod), round(sum(map(math.prod, sizes)) + head * scored)
 
     @property
     def _loading(self) -> int:
         """The base, and beside it the file it is read from, where it is not used as it lies there."""
-        stored = int((self._structure.dtype or torch.float32).itemsize) * self._whole.base_parameters
-        base = self._whole.base_bytes
+        stored = int((self._structure.dtype or torch.float32).itemsize) * self._model.whole.base_parameters
+        base = self._model.whole.base_bytes
         if self.device.type != "cpu" or (self.config.quant.target is None and stored == base):
             return base
         return base + stored
@@ -347,12 +235,12 @@ class Memory:
     @property
     def trained(self) -> int:
         """Numbers that training moves."""
-        return sum(each.numel() for each in self._whole.trainable())
+        return sum(each.numel() for each in self._model.whole.trainable())
 
     @property
     def trained_bytes(self) -> int:
         """Their bytes."""
-        return sum(each.nbytes for each in self._whole.trainable())
+        return sum(each.nbytes for each in self._model.whole.trainable())
 
     @property
     def precision_bytes(self) -> int:
@@ -376,8 +264,9 @@ class Memory:
         return int(min(KERNELS, passes.products * batches * self.rows.steps)) * KERNEL_BYTES
 
     def _base_text(self) -> str:
-        bits = f"in {self._whole.bits} bits" if self._whole.bits else str(self._whole.base.dtype).removeprefix("torch.")
-        return f"{self._whole.base_parameters:,} parameters, {bits}"
+        whole = self._model.whole
+        kind = f"in {whole.bits} bits" if whole.bits else str(whole.base.dtype).removeprefix("torch.")
+        return f"{whole.base_parameters:,} parameters, {kind}"
 
     def _way_text(self, way: Way) -> str:
         kept = "recomputed" if way.checkpointing else "kept"

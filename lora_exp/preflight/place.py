@@ -14,10 +14,13 @@ from lora_exp.models.precision import choose_device
 from lora_exp.preflight.calibration import keep_process_bytes, known_process_bytes
 from lora_exp.preflight.memory import Memory, Place, Way
 from lora_exp.preflight.twin import read_structure
-from lora_exp.run_folder import versions
+from lora_exp.provenance import versions
 
 USUAL_PROCESS = 600 * 2**20
 """Python with torch, transformers, TRL and PEFT, before any weights; where this machine has not measured it yet."""
+
+FIRST_STEP = 25 * 2**20
+"""What trainer, data loader and the code that only a first step reaches take beside it; measured on the embedded model."""
 
 LIBRARIES = ("lora_exp.recipes.trl", "peft", "bitsandbytes", "lora_exp.training.callbacks")
 """What every run imports before its first step."""
@@ -58,7 +61,7 @@ def place_of_this_process(config: Config) -> Place:
         _process.append(resident)
         keep_process_bytes(libraries(), resident)
     free = free_memory_bytes(device)
-    return Place(device, _process[0], free + resident, free)
+    return Place(device, _process[0] + FIRST_STEP, free + resident, free)
 
 
 def place_without_libraries(config: Config) -> Place:
@@ -68,7 +71,7 @@ def place_without_libraries(config: Config) -> Place:
     if device.type != "cpu":
         return Place(device, 0, free, free)
     process = known_process_bytes(libraries()) or USUAL_PROCESS
-    return Place(device, process, free + _resident(), free)
+    return Place(device, process + FIRST_STEP, free + _resident(), free)
 
 
 def libraries() -> str:

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_exp.config import Config
+from lora_exp.models.policy import refused_layers, told_if_it_needs_code
 from lora_exp.models.precision import Precision
 from lora_exp.models.targets import choose_targets, linear_layers, uses_conv1d
 
@@ -94,7 +95,9 @@ def read_structure(config: Config, files: str) -> Any:
     from transformers import AutoConfig
 
     model = config.model
-    structure = AutoConfig.from_pretrained(files, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    remote = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    with told_if_it_needs_code(model):
+        structure = AutoConfig.from_pretrained(files, **remote)
     structure.use_cache = False
     return structure
 
@@ -185,7 +188,10 @@ def _adapted(base: Any, config: Config, start: Path | None) -> Any:
             arguments["fan_in_fan_out"] = True
         lora = instantiate(arguments, task_type="CAUSAL_LM", _convert_="all")
     lora.init_lora_weights = True  # its shape is the same, and others compute with the weights
-    return get_peft_model(base, lora, low_cpu_mem_usage=True)
+    try:
+        return get_peft_model(base, lora, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise refused_layers(base, error) from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from lora_exp.data.lengths import RowLengths
 from lora_exp.engine.settings import LEAST_TOKENS
 from lora_exp.errors import UserError
 from lora_exp.models.precision import choose_precision
-from lora_exp.preflight import memory as room
+from lora_exp.preflight import model_passes
 from lora_exp.preflight.activations import Passes, packed_passes, padded_passes
 from lora_exp.preflight.batches import STEPS, Order, flat_row, largest_flat, largest_padded
 from lora_exp.preflight.fit import require_fit
@@ -149,10 +149,10 @@ def test_some_layers_tell_of_all(
     settings = config(FP32, f"engine={engine}")
     way = Way(engine, 1024 if engine == "packed" else None, checkpointing)
     parts = memory_of(settings, tiny)
-    assert [layers for layers, _ in parts._parts] == [1, 2]
-    monkeypatch.setattr(room, "_PASSES", {})
+    assert [layers for layers, _ in parts._model.parts] == [1, 2]
+    monkeypatch.setattr(model_passes, "_PASSES", {})
     whole = memory_of(settings, tiny)
-    whole.__dict__["_parts"] = ((3, whole._whole),)
+    whole._model.__dict__["parts"] = ((3, whole._model.whole),)
     assert parts.estimate(way).training == pytest.approx(whole.estimate(way).training, rel=0.01)
 
 
@@ -163,7 +163,7 @@ def test_every_part_is_counted_once(config: Callable[..., Config], tiny: str) ->
     estimate = memory.estimate(Way("packed", 1024, False))
     sizes = {item.name: item.size for item in estimate.items}
     assert sizes["process"] == 2**20
-    assert sizes["base"] == pytest.approx(4 * memory._whole.base_parameters, rel=0.001)
+    assert sizes["base"] == pytest.approx(4 * memory._model.whole.base_parameters, rel=0.001)
     assert sizes["optimiser"] == 2 * sizes["adapter"] == 2 * sizes["gradients"] == 8 * memory.trained
     assert estimate.training == sum(sizes.values()) <= estimate.total
     assert set(estimate.stages) >= {"loading", "evaluation"}
@@ -288,3 +288,19 @@ def test_padded_batches_are_counted_with_trls_own_head(config: Callable[..., Con
     small, large = (padded_passes(twin, chosen, (rows, 64), True, False) for rows in (2, 4))
     assert large.kept == pytest.approx(2 * small.kept, rel=0.05)
     assert "forward" not in vars(twin.base), "the model is as it was"
+
+
+def test_a_model_that_cannot_be_counted_is_guessed_at_and_said_so(
+    config: Callable[..., Config], tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Passes:
+        raise NotImplementedError("its attention uses sinks")
+
+    settings, way = config(FP32), Way("packed", 1024, False)
+    counted = memory_of(settings, tiny).estimate(way)
+    monkeypatch.setattr(model_passes, "_PASSES", {})
+    monkeypatch.setattr(model_passes, "packed_passes", refuse)
+    guessed = memory_of(settings, tiny).estimate(way)
+    item = next(item for item in guessed.items if item.name == "activations")
+    assert item.how == "a rough guess, as this model cannot be counted: its attention uses sinks"
+    assert counted.training / 3 < guessed.training < counted.training * 3
