@@ -74,15 +74,16 @@ def _without_plus(override: str) -> str:
 def _check_run(composer: Composer, overrides: list[str]) -> None:
     """Compose and check a single run; its folder must be free, and able to be written."""
     from lora_exp.disk import unwritable
-    from lora_exp.run_folder import holds_run, taken
+    from lora_exp.run_folder import holds_run, links_out, taken
     from lora_exp.run_lock import hold
 
     composed = composer.compose(overrides, check_values=True)
     # Said here too, because Hydra writes to the folder before the run itself can look.
     folder = Path(composed.output_dir)
     problem = unwritable(folder)
-    if problem is not None:
-        raise UserError("the run cannot start", [problem])
+    problems = [problem] if problem is not None else links_out(folder)
+    if problems:
+        raise UserError("the run cannot start", problems)
     if folder.is_dir():  # a new one is named by the second, and made by Hydra
         hold(folder)
     if composed.resume != composed.output_dir and holds_run(folder):
@@ -111,8 +112,8 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
     if not text.strip():
         what = f"the run in {folder} was stopped before it had noted what it is"
         raise UserError("the run cannot be resumed", [Problem("resume", what, "give its command again")])
-    earlier = [str(override) for override in OmegaConf.create(text)]
-    return [override for override in earlier if key_of(override) not in {*given, "output_dir", "resume"}]
+    earlier: Any = OmegaConf.to_container(OmegaConf.create(text))  # as typed: `${oc.env:...}` is not resolved
+    return [override for override in map(str, earlier) if key_of(override) not in {*given, "output_dir", "resume"}]
 
 
 def goes_on(overrides: list[str]) -> bool:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 
 from lora_exp.help_page import help_page
 from lora_exp.rules import Rule
@@ -39,6 +47,23 @@ def register_resolvers() -> None:
     )
     OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
     OmegaConf.register_new_resolver("help_page", lambda: help_page(CONF_DIR), replace=True)
+
+
+SIZE = "a size with its unit, such as 2GB or 500MB"
+
+
+def _with_unit(value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        size = parse(value)
+    except ValueError as error:
+        raise ValueError(SIZE) from error
+    if size < 0:
+        raise ValueError(SIZE)
+    return size
+
+
+Size = Annotated[ByteSize, WrapValidator(_with_unit)]
+"""Bytes, as a number or with a unit."""
 
 
 class Section(BaseModel):
@@ -140,6 +165,8 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     chat_template: Literal["auto"] | bool = "auto"
     chat_template_path: str | None = None
+    on_leak: Literal["warn", "error", "ignore"] = "warn"
+    cache_size: Size = ByteSize(20 * 10**9)
 
     rules = (
         Rule(
@@ -165,6 +192,7 @@ class TrainerConfig(Section):
     set_elsewhere = {
         "output_dir": "output_dir=...",
         "seed": "seed=...",
+        "full_determinism": "deterministic=true",
         "report_to": "tracker=...",
         "run_name": "tracker.name=...",
         "resume_from_checkpoint": "resume=<run folder>",
@@ -310,25 +338,18 @@ def _trains_only(val_file: str | None, splits_dir: str | None, val_split: str | 
     return any(train) and not (val_file or splits_dir or val_split)
 
 
-SIZE = "a size with its unit, such as 2GB or 500MB"
-
-
 class StoreConfig(Section):
     """Where reference log-probabilities are kept between runs."""
 
     path: str | None
-    max_size: ByteSize
+    max_size: Size
 
-    @field_validator("max_size", mode="wrap")
+    @field_validator("max_size")
     @classmethod
-    def _with_unit(cls, value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            size = parse(value)
-        except ValueError as error:
-            raise ValueError(SIZE) from error
-        if size <= 0:
+    def _not_zero(cls, value: int) -> int:
+        if not value:
             raise ValueError(SIZE)
-        return size
+        return value
 
 
 class SweepConfig(Section):
@@ -361,6 +382,7 @@ class Config(Section):
     sweep: SweepConfig
     samples: SamplesConfig
     seed: int = Field(ge=0)
+    deterministic: bool = False
     objective: str | Annotated[list[str], Field(min_length=1)] | None
     direction: Way | list[Way] | None
     output_dir: str

@@ -9,10 +9,11 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_exp.errors import count
+from lora_exp.errors import Problem, UserError, count
 
 PROC = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
@@ -132,16 +133,66 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
+def ask_for_determinism(seed: int) -> str:
+    """Have torch use algorithms that give the same bits each time, until the end of the job, and return what to say."""
+    from transformers import enable_full_determinism
+
+    enable_full_determinism(seed)
+    return "the same at every repetition on this machine: deterministic=true"
+
+
+@contextmanager
+def told_if_nondeterministic() -> Iterator[None]:
+    """Turn torch's refusal of an operation that has no deterministic algorithm into an error with its mend."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "torch.use_deterministic_algorithms" not in str(error):
+            raise
+        problem = Problem(
+            "deterministic", str(error).partition(",")[0], "engine=padded may do without, or deterministic=false"
+        )
+        raise UserError("torch cannot compute this run deterministically", [problem]) from error
+
+
+@dataclass(frozen=True)
+class _Determinism:
+    """torch's own switches; read in torch 2.13 and transformers 5.23, `trainer_utils.enable_full_determinism`."""
+
+    algorithms: bool = False
+    warn_only: bool = False
+    cudnn: bool = False
+    benchmark: bool = False
+
+    @classmethod
+    def now(cls) -> _Determinism:
+        if "torch" not in sys.modules:
+            return cls()
+        import torch
+
+        warn_only, cudnn = torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn
+        return cls(torch.are_deterministic_algorithms_enabled(), warn_only, cudnn.deterministic, cudnn.benchmark)
+
+    def restore(self) -> None:
+        if self == _Determinism.now():
+            return
+        import torch
+
+        torch.use_deterministic_algorithms(self.algorithms, warn_only=self.warn_only)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = self.cudnn, self.benchmark
+
+
 @contextmanager
 def isolated_job() -> Iterator[None]:
     """Leave nothing of a job behind for the next one of the process: environment, library state, memory."""
-    environment = dict(os.environ)
+    environment, determinism = dict(os.environ), _Determinism.now()
     try:
         yield
     finally:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
+        determinism.restore()
         if "accelerate" in sys.modules:
             # accelerate keeps precision and device in process-wide singletons that the next Trainer would
             # inherit; read in accelerate 1.15, `accelerate/state.py`.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import logging
 import os
 import warnings
+from contextlib import redirect_stdout
 
 UNUSABLE_WARNINGS = (
     r".*MatMul8bitLt: inputs will be cast.*",  # bitsandbytes: how its 8-bit product works
@@ -26,3 +29,9 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def import_quietly(module: str) -> None:
+    """Import a library module that prints lines as it is imported."""
+    with redirect_stdout(io.StringIO()):
+        importlib.import_module(module)

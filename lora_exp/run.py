@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import Config
+from lora_exp.data.cache import data_cache
 from lora_exp.data.load import load_splits
 from lora_exp.data.split import Split
 from lora_exp.data.template import use_template
@@ -20,21 +21,25 @@ from lora_exp.disk import writing
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned
 from lora_exp.machine import (
+    ask_for_determinism,
     device_facts,
     isolated_job,
     keep_freed_memory,
     peak_memory_bytes,
     reset_peak_memory,
+    told_if_nondeterministic,
     use_threads,
 )
 from lora_exp.models.source import adapter_dir, model_files
+from lora_exp.provenance import adapter_facts, data_facts
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
 from lora_exp.reports import console
-from lora_exp.reports.page import write_page
+from lora_exp.reports.page import REMOTE_CODE, write_page
 from lora_exp.rules import flatten
 from lora_exp.run_folder import RunFolder, read_jsonl
 from lora_exp.run_lock import only_run
+from lora_exp.secrets.masking import masked_config
 from lora_exp.sweeps.earlier import earlier_trial
 from lora_exp.sweeps.identity import identity_of
 from lora_exp.sweeps.trials import directions_of
@@ -62,6 +67,7 @@ class Launch:
         sweep: The name of the multirun that it is a job of.
         name: What it is called at a tracker.
         trial: Which trial of a search it is.
+        before_training: Told what `run.json` says, once all that the run is made of is loaded; may raise.
     """
 
     folder: Path
@@ -69,6 +75,7 @@ class Launch:
     sweep: str | None = None
     name: str = ""
     trial: SearchTrial | None = None
+    before_training: Callable[[Mapping[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,8 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
     """
     config = validate(composed)
     composed.output_dir = str(launch.folder)
-    resolved: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    written = masked_config(composed)
+    resolved: dict[str, Any] = OmegaConf.to_container(written)  # type: ignore[assignment]
     with only_run(launch.folder):
         identity = identity_of(resolved)
         before = earlier_trial(launch.folder, identity) if launch.sweep else None
@@ -122,7 +130,8 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
         try:
             facts = {"identity": identity, **_facts(config, launch)}
             with (
-                folder.open(OmegaConf.to_yaml(composed, resolve=True), goes_on, **facts),
+                folder.open(OmegaConf.to_yaml(written), goes_on, **facts),
+                told_if_nondeterministic(),
                 Interrupts(folder, config.trainer.grace_seconds, command, found.checkpoint) as interrupts,
             ):
                 settle(folder, found)
@@ -132,7 +141,7 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
             console.say("pruned", str(reason))
             return None
         except Exception:
-            if (folder.path / "metrics.jsonl").exists():
+            if folder.facts and (folder.path / "metrics.jsonl").exists():
                 with suppress(OSError):  # a disk that is full; the error itself goes on
                     write_page(folder.path)
             raise
@@ -218,20 +227,26 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
         _store(config).close()  # a place that cannot be written is told before anything is loaded
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
+        folder.note(data=data_facts(splits), start_adapter=adapter_facts(attempt.start))
     keep_freed_memory()
     console.say("machine", use_threads(config.engine.num_threads))
+    if config.deterministic:
+        console.say("bits", ask_for_determinism(config.seed))
     reset_peak_memory()
     prepared = prepare_training(config, folder, splits, attempt.start)
     memory.engine, memory.work = prepared.engine, prepared.work
     policy = prepared.policy
     folder.note(
         device=device_facts(policy.device),
+        base=policy.base,
         trainable_parameters=policy.trainable_parameters,
         target_modules=policy.target_modules,
         engine=prepared.engine.name,
         reference={"model": policy.reference if config.recipe.needs_reference else None, "computed": 0, "reused": 0},
     )
 
+    if attempt.launch.before_training is not None:
+        attempt.launch.before_training(folder.facts)
     tracker = Guarded.start(config.tracker, replace(attempt.info, logged=attempt.found.lines))
     failed_to_start = tracker.failure
     console.say("tracker", failed_to_start or tracker.where or "none")
@@ -270,6 +285,7 @@ def _facts(config: Config, launch: Launch) -> dict[str, Any]:
         "objective_name": config.objectives[0],
         "direction": directions_of(config.objectives, config.direction)[0],
         "headline": config.recipe.headline,
+        "trust_remote_code": config.model.trust_remote_code,
         "choices": dict(launch.choices),
     }
 
@@ -312,6 +328,7 @@ def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
     model = config.model.pretrained_model_name_or_path
     adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
     lora = config.lora
+    code = [("code", REMOTE_CODE)] if config.model.trust_remote_code else []
     return [
         *trial,
         (
@@ -319,6 +336,7 @@ def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
             f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}",
         ),
         ("model", f"{chosen.get('model', '')} ({model}){adapter}".strip()),
+        *code,
         ("quant", chosen.get("quant", "") or config.quant.target or "none"),
         (
             "lora",
@@ -335,10 +353,13 @@ def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files:
     tokenizer = load_tokenizer(config.model, files)
     use_template(tokenizer, config.data.chat_template_path)
     recipe = config.recipe
-    data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template)
-    reports = {split: report.as_dict() for split, report in data.reports.items()}
+    cache = data_cache(config.data.cache_size)
+    data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template, cache)
+    reports = {split: report.as_dict() | splits[split].found() for split, report in data.reports.items()}
     folder.write_json("data_report.json", reports)
-    console.data_lines(reports)
+    console.data_lines(reports, data.kept)
+    for line in [str(finding) for split in splits.values() for finding in split.findings] + cache.failures:
+        console.note(line)
     data.require_rows()
     return data
 

@@ -18,6 +18,7 @@ from lora_exp.config import CONF_DIR, MISSING, Config, Section
 from lora_exp.errors import Problem, UserError, count
 from lora_exp.library_fields import library_fields, nearest
 from lora_exp.rules import Rule, broken_rules, flatten
+from lora_exp.secrets.refusal import secret_problems
 
 
 def validate(composed: DictConfig) -> Config:
@@ -38,11 +39,13 @@ def check(composed: DictConfig) -> tuple[Config | None, list[Problem]]:
     assert isinstance(raw, dict)
     values = flatten({str(key): value for key, value in raw.items()})
     missing = [key for key, value in values.items() if value == MISSING]
-    problems = [Problem(key, "has no default and was not given", f"add {key}=...") for key in missing]
+    problems = secret_problems(OmegaConf.to_container(composed))  # type: ignore[arg-type]
+    secret = [problem.where for problem in problems]  # nothing else is said of them, which might repeat a value
+    problems += [Problem(key, "has no default and was not given", f"add {key}=...") for key in missing]
 
     sections: dict[str, Any] = {}
     rules: list[Rule] = list(Config.rules)
-    invalid = set(missing)
+    invalid = {*missing, *secret}
     section_types = {name: field.annotation for name, field in Config.model_fields.items()}
     for name in ("recipe", "engine", "tracker"):
         section_types[name] = _named_class(raw.get(name), name, problems)

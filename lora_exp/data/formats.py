@@ -12,8 +12,10 @@ from pydantic import AfterValidator, BaseModel, Field
 
 def whole_characters(value: str) -> str:
     """Refuse half a surrogate pair, which JSON can spell and no tokenizer can read."""
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise ValueError("has half a surrogate pair, which is no character")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("has half a surrogate pair, which is no character") from error
     return value
 
 

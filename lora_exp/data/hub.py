@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,7 +33,7 @@ def from_load_dataset(config: DataConfig, kind: RowKind) -> dict[str, Split]:
     wrong = _unknown_columns(config, kind) + [problem for source in found for problem in source.wrong_columns()]
     if wrong:
         raise UserError("the columns of the data do not fit", wrong)
-    splits = {source.split: source.checked() for source in found}
+    splits = {source.split: _with_origin(source.checked(), config, source.dataset) for source in found}
     bad_rows = sum(source.bad_rows for source in found)
     if bad_rows:
         shown = [problem for source in found for problem in source.problems][:SHOWN]
@@ -56,6 +58,17 @@ def _load_dataset(config: DataConfig, split: str) -> Any:
         raise UserError("the data cannot be loaded", [where]) from error
     finally:
         datasets.enable_progress_bars()
+
+
+def _with_origin(split: Split, config: DataConfig, dataset: Any) -> Split:
+    """Return a split with the files of this machine that it was made of, or the state of a data set from elsewhere."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(config.path, config.name, data_files=config.data_files)
+    names = {part.partition("[")[0].strip() for part in str(dataset.split).split("+")}  # of "train[:90%]+test"
+    of_split = [paths for name, paths in (builder.config.data_files or {}).items() if str(name) in names]
+    local = tuple(path for paths in of_split for path in map(Path, paths) if path.is_file())
+    return replace(split, files=local, revision=None if local else dataset._fingerprint)
 
 
 def _our_columns(kind: RowKind) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_exp.data.jsonl import JsonlFile, read_all
+from lora_exp.data.cache import NO_CACHE
 from lora_exp.data.kinds import PREFERENCE
+from lora_exp.data.read import read_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,8 +23,8 @@ def load_preference_jsonl(path: str | Path) -> Dataset:
         lora_exp.errors.UserError: Every line that is no preference row, as `file:line: reason`, or a file that is
             missing or has no rows.
     """
-    (rows,) = read_all([JsonlFile(Path(path), PREFERENCE)])
+    (file,) = read_files([Path(path)], PREFERENCE, NO_CACHE)
     from datasets import Dataset
 
     # Messages are kept as they are: Arrow alone would give every message the keys of all others.
-    return Dataset.from_list([row.columns() for row in rows], on_mixed_types="use_json")
+    return Dataset.from_list(list(file.rows), on_mixed_types="use_json")

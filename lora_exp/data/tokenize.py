@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_exp.data.cache import NO_CACHE, Cache
 from lora_exp.data.chat import RefusedError
 from lora_exp.data.encode import Encoded, Ids, encode_rows
 from lora_exp.data.template import Refusals
+from lora_exp.data.token_cache import kept_tokens, token_key
 from lora_exp.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -56,7 +59,8 @@ class SplitReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for `data_report.json`, lengths as min, median and max over what was kept."""
-        summary = asdict(self)
+        # asdict makes pairs into the keys of a Counter (Python 3.10, 3.11).
+        summary = {**vars(self), "dropped": dict(self.dropped)}
         for name in ("prompt_lengths", "answer_lengths"):
             lengths = summary.pop(name)
             spread = {"min": min(lengths), "median": median(lengths), "max": max(lengths)} if lengths else None
@@ -73,6 +77,8 @@ class TokenizedData:
     splits: dict[str, Split]
     datasets: dict[str, Dataset]
     reports: dict[str, SplitReport]
+    kept: frozenset[str] = frozenset()
+    """The splits whose token ids an earlier run had made."""
 
     @property
     def longest_row(self) -> int:
@@ -110,8 +116,9 @@ def tokenize_splits(
     tokenizer: Any,
     limits: Mapping[str, Limits],
     chat_template: bool | str,
+    cache: Cache = NO_CACHE,
 ) -> TokenizedData:
-    """Tokenise every split, or find what an earlier job of this process made of the same rows.
+    """Tokenise every split, or find what an earlier job of this process, or another run, made of the same rows.
 
     Args:
         splits: Rows of strings or of messages.
@@ -119,6 +126,7 @@ def tokenize_splits(
         tokenizer: The model's.
         limits: How long a row may be, by split.
         chat_template: `data.chat_template`: whether rows go through the tokenizer's template; `auto`: if it has one.
+        cache: Where token ids are kept between runs.
 
     Raises:
         UserError: If a template is needed and there is none, or it cannot take some rows.
@@ -128,17 +136,20 @@ def tokenize_splits(
     for before, data in _KEPT:
         if before == asked and data.splits == splits:
             return data
-    datasets, reports, problems = {}, {}, []
+    datasets, reports, kept, problems = {}, {}, set(), []
     for name, split in splits.items():
+        key = token_key(split, {"answers": answers, "template": template}, limits[name], tokenizer)
+        how = (answers, tokenizer, limits[name], template, split.source, split.format)
         try:
-            made = tokenize_split(split.rows, answers, tokenizer, limits[name], template, split.source, split.format)
+            made, was_kept = kept_tokens(cache, key, partial(tokenize_split, split.rows, *how), split)
         except UserError as error:
             problems += error.problems
         else:
             datasets[name], reports[name] = made
+            kept |= {name} if was_kept else set()
     if problems:
         raise UserError(REFUSED, problems)
-    data = TokenizedData(tokenizer, splits, datasets, reports)
+    data = TokenizedData(tokenizer, splits, datasets, reports, frozenset(kept))
     _KEPT.append((asked, data))
     return data
 

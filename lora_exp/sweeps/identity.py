@@ -10,6 +10,8 @@ from typing import Any
 from lora_exp.rules import flatten
 
 WITHOUT_EFFECT = (
+    "data.cache_size",
+    "data.on_leak",
     "direction",
     "hydra",
     "output_dir",

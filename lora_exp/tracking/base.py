@@ -14,11 +14,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from lora_exp.config import Section
+from lora_exp.secrets.masking import masked
 
 log = logging.getLogger(__name__)
 
 
 Ending = Literal["finished", "failed", "pruned"]
+
+SHOWN = ("project", "name", "group", "tags", "notes", "entity")
+"""Keys that a tracker shows to whoever looks; the others, an address say, may need the secret that they hold."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class RunInfo:
 
     Args:
         folder: The run folder.
-        config: The resolved config.
+        config: The resolved config, secrets masked.
         name: The run's name.
         group: The sweep that it belongs to, if any.
         job_type: The recipe's name.
@@ -137,9 +141,11 @@ class Guarded(ActiveRun):
     def start(cls, tracker: Tracker, info: RunInfo) -> Guarded:
         """Open a run at `tracker`, or none where that fails."""
         guarded = cls(None, tracker.label)
+        shown = {key: masked(getattr(tracker, key)) for key in SHOWN if key in type(tracker).model_fields}
+        told = tracker.model_copy(update=shown)
 
         def open_run() -> None:
-            guarded.run = tracker.start(info)
+            guarded.run = told.start(info)
             guarded.where = guarded.run.where
 
         guarded._attempt(open_run)
@@ -153,12 +159,12 @@ class Guarded(ActiveRun):
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Record the final numbers, if the tracker still works."""
         if self.working is not None:
-            self._attempt(self.working.summarize, summary)
+            self._attempt(self.working.summarize, masked(summary))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a table, if the tracker still works."""
         if self.working is not None and rows:
-            self._attempt(self.working.table, name, rows)
+            self._attempt(self.working.table, name, masked(rows))
 
     def adapter(self, folder: Path) -> None:
         """Record the adapter, if the tracker still works."""
@@ -174,7 +180,7 @@ class Guarded(ActiveRun):
         try:
             call(*arguments)
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the training goes on
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(masked(str(error))).split()) or type(error).__name__
             if self.failure is not None:
                 log.info("%s failed again: %s", self.label, reason)
                 return

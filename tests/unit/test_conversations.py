@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from lora_exp.data.cache import NO_CACHE
 from lora_exp.data.conversations import ImplicitPreferenceRow, MessagesRow
-from lora_exp.data.jsonl import JsonlFile, read_all
 from lora_exp.data.kinds import COMPLETION, PREFERENCE, RowKind
+from lora_exp.data.read import read_files
 from lora_exp.errors import UserError
 from tests.rows import assistant, call, says, system, tool, user
 
@@ -167,7 +168,7 @@ BAD_PAIRS: dict[str, tuple[Json, str]] = {
 
 def refusal(path: Path, kind: RowKind) -> UserError:
     with pytest.raises(UserError) as caught:
-        read_all([JsonlFile(path, kind)])
+        read_files([path], kind, NO_CACHE)
     return caught.value
 
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lora_exp.config import DataConfig
+from lora_exp.data.cache import NO_CACHE
 from lora_exp.data.chat import Exchange
-from lora_exp.data.jsonl import JsonlFile, read_all
 from lora_exp.data.kinds import COMPLETION, KINDS, PREFERENCE, RowKind
 from lora_exp.data.load import load_splits
+from lora_exp.data.read import read_files
 from lora_exp.data.reasons import reasons
 from lora_exp.errors import UserError
 from tests.rows import ASKED, EXAMPLES, PAIR, Example, assistant, json_values
@@ -29,7 +30,7 @@ mixed = [(one, other) for one, other in permutations(EXAMPLES, 2) if one.kind is
 
 def refusal(path: Path, kind: RowKind) -> UserError:
     with pytest.raises(UserError) as caught:
-        read_all([JsonlFile(path, kind)])
+        read_files([path], kind, NO_CACHE)
     return caught.value
 
 
@@ -72,7 +73,7 @@ def test_other_keys_are_left_out(example: Example) -> None:
 
 @examples
 def test_a_file_says_its_format(example: Example, tmp_path: Path, write_jsonl: Write) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl", [example.row] * 2)
+    path = write_jsonl(tmp_path / "rows.jsonl", [example.row, {**example.row, "id": "2"}])
     split = load_splits(DataConfig(train_file=str(path)), example.kind)["train"]
     assert (split.format, len(split.rows)) == (example.name, 2)
 
@@ -168,7 +169,7 @@ def test_rows_of_the_other_recipe_are_told_with_that_recipe(
 def test_two_formats_in_a_file_are_told_with_the_line(
     one: Example, other: Example, tmp_path: Path, write_jsonl: Write
 ) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl", [one.row, one.row, other.row])
+    path = write_jsonl(tmp_path / "rows.jsonl", [one.row, {**one.row, "id": "2"}, other.row])
     (problem,) = refusal(path, one.kind).problems
     assert problem.where == f"{path}:3"
     assert problem.what in [f"is {a} {other.name} row, the file began with {one.name} rows" for a in ("a", "an")]

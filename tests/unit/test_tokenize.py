@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from statistics import median
@@ -129,6 +130,7 @@ def test_every_row_and_every_cut_token_is_accounted_for(
     assert report.kept == len(done.rows)
     assert report.rows == report.kept + sum(report.dropped.values())
     assert all(number > 0 for number in report.dropped.values())
+    assert json.loads(json.dumps(report.as_dict()))["dropped"] == dict(report.dropped)
 
     whole = tokenize(rows, kind, tokenizer, ENOUGH, template).rows
     lost = {name: [] for name in ("prompt", *kind.answers)}
