@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from lora_exp.config import DataConfig
 from lora_exp.data.formats import RowFormat
 from lora_exp.data.jsonl import SHOWN
 from lora_exp.data.kinds import OtherRecipeError, RowKind
 from lora_exp.data.reasons import reasons
+from lora_exp.data.rows import RowDigest, Rows
 from lora_exp.data.split import Split
 from lora_exp.errors import Problem, UserError, count
 
@@ -120,16 +124,22 @@ class _Source:
         return [Problem(self.name, what, _mapping(absent))]
 
     def checked(self) -> Split:
-        """Return the rows that are right, and gather what is wrong with the others."""
-        rows: list[dict[str, Any]] = []
-        row_format = None
-        for number, row in enumerate(self._rows(), start=1):
-            row_format = row_format or self.kind.recognise(row)
-            try:
-                rows.append(row_format.row.model_validate(row).columns())
-            except ValidationError as error:
-                stranger = self.kind.stranger(row, row_format)
-                self._bad(number, stranger or reasons(error))
+        """Return the rows that are right, on disk, and gather what is wrong with the others."""
+        ends, digest, row_format = array("Q"), RowDigest(), None
+        with NamedTemporaryFile(prefix="lora_exp-") as file:
+            for number, row in enumerate(self._rows(), start=1):
+                row_format = row_format or self.kind.recognise(row)
+                try:
+                    columns = row_format.row.model_validate(row).columns()
+                except ValidationError as error:
+                    self._bad(number, self.kind.stranger(row, row_format) or reasons(error))
+                    continue
+                as_json = to_json(columns, inf_nan_mode="constants")
+                digest.add(as_json, 1)
+                file.write(as_json)
+                ends.append(file.tell())
+            file.flush()
+            rows = Rows.mapped(Path(file.name), ends, digest.name) if ends else Rows(b"", ends, digest.name)
         return Split(rows, self.name, row_format.name if row_format else "")
 
     def _rows(self) -> Iterator[dict[str, Any]]:

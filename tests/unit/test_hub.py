@@ -12,6 +12,7 @@ import pytest
 from lora_exp.config import DataConfig
 from lora_exp.data.kinds import COMPLETION, PREFERENCE, RowKind
 from lora_exp.data.load import load_splits
+from lora_exp.data.rows import Rows
 from lora_exp.data.split import Split
 from lora_exp.errors import Problem, UserError
 from tests.rows import EXAMPLES, Example, Json, assistant, call, says, system, tool, user
@@ -146,3 +147,12 @@ def test_two_formats_in_a_data_set_are_told_with_the_row(read: Read) -> None:
         "json[train]:2",
         "is a messages row, the file began with prompt-completion rows",
     )
+
+
+def test_rows_that_are_held_on_disk_are_found_by_their_number(read: Read) -> None:
+    rows = [{"prompt": f"question {number}", "completion": "x" * 1000} for number in range(2000)]
+    split = read(rows, COMPLETION, "parquet")
+    assert len(split.rows) == len(rows)
+    assert split.rows[-1] == rows[-1]
+    assert isinstance(split.rows, Rows)
+    assert split.rows == rows
