@@ -53,9 +53,14 @@ def free_memory_bytes(device: Any) -> int:
 
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available)
+    available = [int(psutil.virtual_memory().available)]
     limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
-    return available if limit is None or used is None else min(available, limit - used)
+    if limit is not None and used is not None:
+        available.append(limit - used)
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+    if space != resource.RLIM_INFINITY:
+        available.append(max(space - psutil.Process().memory_info().vms, 0))
+    return min(available)
 
 
 def _cgroup_bytes(name: str) -> int | None:
@@ -116,6 +121,17 @@ def return_freed_memory() -> None:
         return  # no glibc: it was not kept
 
 
+def release_memory() -> None:
+    """Give back all that nothing refers to any more, of the process and of the device."""
+    gc.collect()
+    return_freed_memory()
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def device_facts(device: Any) -> dict[str, Any]:
     """Return what `run.json` says of the device."""
     import torch
@@ -149,10 +165,4 @@ def isolated_job() -> Iterator[None]:
 
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
-        gc.collect()
-        return_freed_memory()
-        if "torch" in sys.modules:
-            import torch
-
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        release_memory()

@@ -31,6 +31,7 @@ def run(server: Server, cwd: Path, engine: str, *overrides: str, room: int | Non
     return server.run(*LARGE, *ENGINES[engine], *overrides, "output_dir=run", cwd=cwd, limits=limits)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("engine", ENGINES)
 def test_memory_that_runs_out_is_told_with_what_helps(
     server: Server, tally: Tally, tmp_path: Path, engine: str
@@ -48,7 +49,7 @@ def test_memory_that_runs_out_is_told_with_what_helps(
     tally.survive("out of memory")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["packed", pytest.param("padded", marks=pytest.mark.faults)])
 def test_less_at_a_time_is_found_and_the_batch_of_a_step_stays(
     server: Server, tally: Tally, tmp_path: Path, engine: str
 ) -> None:
@@ -69,6 +70,7 @@ def test_less_at_a_time_is_found_and_the_batch_of_a_step_stays(
     tally.survive("out of memory, less at a time")
 
 
+@pytest.mark.faults
 def test_what_cannot_be_made_smaller_ends_the_run(server: Server, tally: Tally, tmp_path: Path) -> None:
     ended = run(server, tmp_path, "packed", "trainer.auto_find_batch_size=true", room=30 << 20)
     tally.inject("out of memory, nothing to make smaller")
