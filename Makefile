@@ -57,6 +57,7 @@ bench: $(VENV)/.dev ## this project against TRL alone, on smollm2_135m; ROWS=fol
 	$(BIN)/python -m lora_exp.fetch model=smollm2_135m
 	$(BIN)/python -m benchmarks.compare --rows $(ROWS) --write
 	$(BIN)/python -m benchmarks.sweep --rows $(ROWS) --write
+	$(BIN)/python -m benchmarks.check_rows --write
 
 lint: $(VENV)/.dev ## ruff, check and format
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from lora_exp.config import CONF_DIR
 from lora_exp.errors import Problem, UserError, count
 from lora_exp.library_fields import library_fields, nearest
 from lora_exp.rules import flatten
+from lora_exp.secrets.refusal import hydra_problems
 from lora_exp.sweeps.plan import SweepSettings, parsed_where_possible
 from lora_exp.validation import check, library_class_of, option_keys, options_with
 
@@ -130,10 +131,15 @@ class Composer:
         except COMPOSE_ERRORS as error:
             composed, problems = self._without_misfits(overrides, error)
         if check_values and composed is not None:
-            problems += check(composed)[1]
+            problems += hydra_problems(parsed_where_possible(overrides)) + check(composed)[1]
         if problems or composed is None:
             raise UserError(f"the config has {count(len(problems), 'problem')}", problems)
         return composed
+
+    def choices(self, overrides: list[str]) -> dict[str, str]:
+        """Return the option that is taken from each config group."""
+        composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=True)
+        return {group: option for group, option in composed.hydra.runtime.choices.items() if "/" not in group}
 
     def _compose(self, overrides: list[str]) -> DictConfig:
         composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=False)

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 
 from lora_exp.help_page import help_page
 from lora_exp.rules import Rule
@@ -41,6 +49,23 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("help_page", lambda: help_page(CONF_DIR), replace=True)
 
 
+SIZE = "a size with its unit, such as 2GB or 500MB"
+
+
+def _with_unit(value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        size = parse(value)
+    except ValueError as error:
+        raise ValueError(SIZE) from error
+    if size < 0:
+        raise ValueError(SIZE)
+    return size
+
+
+Size = Annotated[ByteSize, WrapValidator(_with_unit)]
+"""Bytes, as a number or with a unit."""
+
+
 class Section(BaseModel):
     """A group's keys. `rules` are the relations that hold between them and other groups' keys."""
 
@@ -50,6 +75,8 @@ class Section(BaseModel):
     """Keys without effect beside others: no mistake in a run, but none that a sweep may vary."""
     library_class: ClassVar[str | None] = None
     """Who takes unlisted keys (`+trainer.name=value`), if it knows them."""
+    package: ClassVar[tuple[str, str] | None] = None
+    """A module that does the work and is not always installed, and the extra of this package that brings it."""
     set_elsewhere: ClassVar[Mapping[str, str]] = {}
     """Fields of the library class that are not given here, and what is given instead."""
 
@@ -137,6 +164,11 @@ class DataConfig(Section):
     val_split: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     chat_template: Literal["auto"] | bool = "auto"
+    chat_template_path: str | None = None
+    max_dropped_share: float | None = Field(0.05, ge=0, le=1)
+    max_cut_share: float | None = Field(None, ge=0, le=1)
+    on_leak: Literal["warn", "error", "ignore"] = "warn"
+    cache_size: Size = ByteSize(20 * 10**9)
 
     rules = (
         Rule(
@@ -144,6 +176,12 @@ class DataConfig(Section):
             lambda *sources: not any(sources),
             "is not set, and neither is data.train_file: there is nothing to train on",
             "name the folder with your rows: data.splits_dir=my_rows",
+        ),
+        Rule(
+            ("data.chat_template_path", "data.chat_template"),
+            lambda path, used: path is not None and used is False,
+            "{0} has no effect with data.chat_template=false",
+            "data.chat_template=auto",
         ),
     )
 
@@ -156,6 +194,7 @@ class TrainerConfig(Section):
     set_elsewhere = {
         "output_dir": "output_dir=...",
         "seed": "seed=...",
+        "full_determinism": "deterministic=true",
         "report_to": "tracker=...",
         "run_name": "tracker.name=...",
         "resume_from_checkpoint": "resume=<run folder>",
@@ -301,25 +340,18 @@ def _trains_only(val_file: str | None, splits_dir: str | None, val_split: str | 
     return any(train) and not (val_file or splits_dir or val_split)
 
 
-SIZE = "a size with its unit, such as 2GB or 500MB"
-
-
 class StoreConfig(Section):
     """Where reference log-probabilities are kept between runs."""
 
     path: str | None
-    max_size: ByteSize
+    max_size: Size
 
-    @field_validator("max_size", mode="wrap")
+    @field_validator("max_size")
     @classmethod
-    def _with_unit(cls, value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            size = parse(value)
-        except ValueError as error:
-            raise ValueError(SIZE) from error
-        if size <= 0:
+    def _not_zero(cls, value: int) -> int:
+        if not value:
             raise ValueError(SIZE)
-        return size
+        return value
 
 
 class SweepConfig(Section):
@@ -352,10 +384,12 @@ class Config(Section):
     sweep: SweepConfig
     samples: SamplesConfig
     seed: int = Field(ge=0)
+    deterministic: bool = False
     objective: str | Annotated[list[str], Field(min_length=1)] | None
     direction: Way | list[Way] | None
     output_dir: str
     resume: str | None
+    dry_run: bool = False
 
     rules = (
         Rule(

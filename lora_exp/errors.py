@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lora_exp.secrets.masking import safe
+
 USER_ERROR_STATUS = 2
 """Exit status of a run that the user can mend; a bug exits with 1."""
 
@@ -74,9 +76,9 @@ class Interrupted(BaseException):  # no Exception: whoever spares the run from e
 
 
 def print_user_error(error: UserError | Interrupted) -> None:
-    """Write the error to stderr, plain, so that `file:line: reason` stays whole at any terminal width."""
+    """Write the error to stderr, plain and safe, so that `file:line: reason` stays whole at any terminal width."""
     sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    print(safe(f"error: {error}"), file=sys.stderr)  # noqa: T201
 
 
 def count(number: int, noun: str, plural: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,28 +12,38 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import Config
-from lora_exp.data.load import Split, load_splits
+from lora_exp.data.cache import data_cache
+from lora_exp.data.load import load_splits
+from lora_exp.data.split import Split
+from lora_exp.data.template import use_template
 from lora_exp.data.tokenize import TokenizedData, tokenize_splits
 from lora_exp.disk import room_for_files, writing
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned
 from lora_exp.machine import (
+    ask_for_determinism,
+    bound_kernel_caches,
     device_facts,
     isolated_job,
     keep_freed_memory,
     peak_memory_bytes,
     release_memory,
     reset_peak_memory,
+    return_freed_memory,
+    told_if_nondeterministic,
     use_threads,
 )
 from lora_exp.models.source import adapter_dir, model_files
+from lora_exp.provenance import adapter_facts, data_facts
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
 from lora_exp.reports import console
+from lora_exp.reports.header import header_lines
 from lora_exp.reports.page import write_page
 from lora_exp.rules import flatten
 from lora_exp.run_folder import RunFolder, read_jsonl
 from lora_exp.run_lock import only_run
+from lora_exp.secrets.masking import masked_config
 from lora_exp.sweeps.earlier import earlier_trial
 from lora_exp.sweeps.identity import identity_of
 from lora_exp.sweeps.trials import directions_of
@@ -61,6 +71,7 @@ class Launch:
         sweep: The name of the multirun that it is a job of.
         name: What it is called at a tracker.
         trial: Which trial of a search it is.
+        before_training: Told what `run.json` says, once all that the run is made of is loaded; may raise.
     """
 
     folder: Path
@@ -68,6 +79,7 @@ class Launch:
     sweep: str | None = None
     name: str = ""
     trial: SearchTrial | None = None
+    before_training: Callable[[Mapping[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,8 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
     """
     config = validate(composed)
     composed.output_dir = str(launch.folder)
-    resolved: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    written = masked_config(composed)
+    resolved: dict[str, Any] = OmegaConf.to_container(written)  # type: ignore[assignment]
     with only_run(launch.folder):
         identity = identity_of(resolved)
         before = earlier_trial(launch.folder, identity) if launch.sweep else None
@@ -121,7 +134,8 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
         try:
             facts = {"identity": identity, **_facts(config, launch)}
             with (
-                folder.open(OmegaConf.to_yaml(composed, resolve=True), goes_on, **facts),
+                folder.open(OmegaConf.to_yaml(written), goes_on, **facts),
+                told_if_nondeterministic(),
                 Interrupts(folder, config.trainer.grace_seconds, command, found.checkpoint) as interrupts,
             ):
                 settle(folder, found)
@@ -131,7 +145,7 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
             console.say("pruned", str(reason))
             return None
         except Exception:
-            if (folder.path / "metrics.jsonl").exists():
+            if folder.facts and (folder.path / "metrics.jsonl").exists():
                 with suppress(OSError):  # a disk that is full; the error itself goes on
                     write_page(folder.path)
             raise
@@ -213,25 +227,33 @@ def _run(config: Config, attempt: Attempt) -> list[float] | None:
 def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[float] | None:
     folder, launch = attempt.folder, attempt.launch
     quiet_libraries()
-    console.header(_header(config, launch))
+    trial = launch.folder.name if launch.sweep else None
+    console.header(header_lines(config, launch.choices, [("folder", str(launch.folder))], trial))
     if _keeps_reference(config, config.engine):
         _store(config).close()  # a place that cannot be written is told before anything is loaded
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
+        folder.note(data=data_facts(splits), start_adapter=adapter_facts(attempt.start))
     keep_freed_memory()
+    bound_kernel_caches()
     console.say("machine", use_threads(config.engine.num_threads))
+    if config.deterministic:
+        console.say("bits", ask_for_determinism(config.seed))
     reset_peak_memory()
     prepared = prepare_training(config, folder, splits, attempt.start)
     memory.engine, memory.work = prepared.engine, prepared.work
     policy = prepared.policy
     folder.note(
         device=device_facts(policy.device),
+        base=policy.base,
         trainable_parameters=policy.trainable_parameters,
         target_modules=policy.target_modules,
         engine=prepared.engine.name,
         reference={"model": policy.reference if config.recipe.needs_reference else None, "computed": 0, "reused": 0},
     )
 
+    if attempt.launch.before_training is not None:
+        attempt.launch.before_training(folder.facts)
     tracker = Guarded.start(config.tracker, replace(attempt.info, logged=attempt.found.lines))
     failed_to_start = tracker.failure
     console.say("tracker", failed_to_start or tracker.where or "none")
@@ -244,6 +266,9 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
             report_to(launch.trial, trainer, config.objectives[0])
         leave_on_signal(attempt.interrupts, trainer)
         final = _train(config, attempt, prepared, trainer)
+        from lora_exp.preflight.duration import keep_measured_speed
+
+        keep_measured_speed(config, prepared, trainer, final, folder.wall_times)
         found = _objectives(config, final)
         objective = next(iter(found.values()), None)
         peak = peak_memory_bytes(policy.device)
@@ -270,6 +295,7 @@ def _facts(config: Config, launch: Launch) -> dict[str, Any]:
         "objective_name": config.objectives[0],
         "direction": directions_of(config.objectives, config.direction)[0],
         "headline": config.recipe.headline,
+        "trust_remote_code": config.model.trust_remote_code,
         "choices": dict(launch.choices),
     }
 
@@ -283,14 +309,19 @@ def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split]
         splits: The rows.
         start: The adapter to go on from; None for a new one.
     """
+    from lora_exp.preflight.fit import require_fit
+    from lora_exp.preflight.place import memory_of_this_process
     from lora_exp.training.loop import choose_engine
 
     with model_files(config.model) as files:
         with folder.stage("data"):
             data = tokenize(config, folder, splits, files)
         with folder.stage("model"):
+            memory, way = memory_of_this_process(config, data.reports, files, start)
+            folder.note(estimated_memory_bytes=memory.estimate(way).total)
+            require_fit(memory, way)
             policy = _load(config, files, start, folder)
-            engine, work = choose_engine(config, folder, policy, data)
+            engine, work = choose_engine(config, folder, policy, data, memory)
             identity = _reference_identity(config, engine, policy, files)
     return Prepared(data, policy, engine, work, identity)
 
@@ -306,39 +337,23 @@ def build_trainer(config: Config, folder: RunFolder, prepared: Prepared, tracker
     return trainer
 
 
-def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
-    chosen = launch.choices
-    trial = [("trial", launch.folder.name)] if launch.sweep else []
-    model = config.model.pretrained_model_name_or_path
-    adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
-    lora = config.lora
-    return [
-        *trial,
-        (
-            "recipe",
-            f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}",
-        ),
-        ("model", f"{chosen.get('model', '')} ({model}){adapter}".strip()),
-        ("quant", chosen.get("quant", "") or config.quant.target or "none"),
-        (
-            "lora",
-            f"{chosen.get('lora', '')} r={lora.r} alpha={lora.lora_alpha:g} dropout={lora.lora_dropout:g}".strip(),
-        ),
-        ("folder", str(launch.folder)),
-    ]
-
-
 def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files: str) -> TokenizedData:
     """Turn the rows into the token ids that the run trains on; say and write down what was cut or dropped."""
     from lora_exp.models.policy import load_tokenizer
+    from lora_exp.preflight.losses import require_rows_kept
 
     tokenizer = load_tokenizer(config.model, files)
+    use_template(tokenizer, config.data.chat_template_path)
     recipe = config.recipe
-    data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template)
-    reports = {split: report.as_dict() for split, report in data.reports.items()}
+    cache = data_cache(config.data.cache_size)
+    data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template, cache)
+    reports = {split: report.as_dict() | splits[split].found() for split, report in data.reports.items()}
     folder.write_json("data_report.json", reports)
-    console.data_lines(reports)
+    console.data_lines(reports, data.kept)
+    for line in [str(finding) for split in splits.values() for finding in split.findings] + cache.failures:
+        console.note(line)
     data.require_rows()
+    require_rows_kept(config.data, recipe.limits, data.reports)
     return data
 
 
@@ -346,6 +361,7 @@ def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> 
     from lora_exp.models.policy import load_policy
 
     policy = load_policy(config, files, start, folder.checkpoints)
+    return_freed_memory()  # what reading the files left behind, in parts of the heap that training would not use again
     console.say("precision", f"{policy.precision.dtype}: {policy.precision.reason}")
     share = policy.trainable_parameters / policy.total_parameters
     console.say(

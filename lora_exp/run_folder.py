@@ -5,32 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_exp.disk import writing
 from lora_exp.errors import Interrupted, Problem, Pruned, UserError
+from lora_exp.provenance import git_state, versions
+from lora_exp.secrets.masking import masked
 
 Status = Literal["running", "finished", "failed", "pruned"]
-PACKAGES = (
-    "lora_exp",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "accelerate",
-    "hydra-core",
-)
 
 UNFINISHED = ".unfinished"
 """How the name of a file ends that is being written, hidden beside its place."""
@@ -73,34 +61,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON Lines file that was appended to; a last line that a kill has torn is left out."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     return [json.loads(line) for line in lines[:-1]]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_state() -> dict[str, Any] | None:
-    """Return the commit of the working folder's repository and whether files differ from it."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)  # noqa: S603
-        changes = subprocess.run(
-            ["git", "status", "--porcelain"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
 
 
 class RunFolder:
@@ -181,12 +141,12 @@ class RunFolder:
             self.note(status="failed", error=error, ended=_now())
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file of the folder."""
-        self._write(name, to_json(value) + "\n")
+        """Write a JSON file of the folder, secrets masked."""
+        self._write(name, to_json(masked(value)) + "\n")
 
     def write_jsonl(self, name: str, rows: list[Any]) -> None:
-        """Write a JSON Lines file of the folder."""
-        self._write(name, "".join(to_json(row, indent=None) + "\n" for row in rows))
+        """Write a JSON Lines file of the folder, secrets masked."""
+        self._write(name, "".join(to_json(row, indent=None) + "\n" for row in masked(rows)))
 
     def _write(self, name: str, text: str) -> None:
         with writing(name, self.path / name, self.path):
@@ -206,6 +166,8 @@ class RunFolder:
         run_json = self.path / "run.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if problems := links_out(self.path):
+                raise UserError("the run cannot start", problems)
             if not resumed and run_json.exists() and not holds_run(self.path):
                 run_json.unlink()
             started = run_json.exists() or not (self.path / ".hydra").is_dir()
@@ -232,6 +194,20 @@ def holds_run(path: Path) -> bool:
         return bool(json.loads(run_json.read_text(encoding="utf-8")).get("status") != "failed")
     except json.JSONDecodeError:
         return True
+
+
+OWN_FOLDERS = (".hydra", "adapter", "checkpoints")
+"""Folders in which the run writes; a tracker's own may hold links to its caches."""
+
+
+def links_out(path: Path) -> list[Problem]:
+    """Return a problem for each link in a run folder that leads out of it: what the run writes would go elsewhere."""
+    found = [*path.glob("*"), *(inner for name in OWN_FOLDERS for inner in (path / name).rglob("*"))]
+    return [
+        Problem(str(link), f"is a link that leads out of the run folder, to {link.resolve()}", "remove it first")
+        for link in found
+        if link.is_symlink() and not link.resolve().is_relative_to(path.resolve())
+    ]
 
 
 def taken(path: Path) -> Problem:

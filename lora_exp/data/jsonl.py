@@ -1,140 +1,97 @@
-"""JSON Lines files, checked line by line: every bad line is reported at once as `file:line: reason`."""
+"""From a line to an object, or to the reason why it is none."""
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Generic, TypeVar
+import math
+from collections.abc import Iterable
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from lora_exp.errors import Problem, UserError, count
+from lora_exp.data.files import MAX_LINE_BYTES, TOO_LONG
+from lora_exp.data.reasons import json_type
 
 SHOWN = 20
-"""Bad lines that are named one by one; the rest are counted."""
+"""Bad rows that are named one by one; the rest are counted."""
 
-Row = TypeVar("Row", bound=BaseModel)
+MAX_DEPTH = 64
+"""Objects and lists inside one another; what is deeper breaks one library or another on the way."""
 
-
-class JsonlFile(Generic[Row]):
-    """A file of one JSON object a line, each line a `row_type`. Blank lines are skipped.
-
-    Iterating yields the good rows and gathers the bad lines in `problems` (the first `SHOWN` of them) and
-    `bad_lines` (their number).
-    """
-
-    def __init__(self, path: Path, row_type: type[Row]) -> None:
-        self.path = path
-        self.row_type = row_type
-        self.problems: list[Problem] = []
-        self.bad_lines = 0
-
-    def __iter__(self) -> Iterator[Row]:
-        self.problems, self.bad_lines = [], 0
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                # An editor's byte-order mark before the first line is no part of the JSON.
-                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not text.strip():
-                    continue
-                row = self._parse(text, number)
-                if row is not None:
-                    yield row
-
-    def _parse(self, line: bytes, number: int) -> Row | None:
-        try:
-            return self.row_type.model_validate(_object(line))
-        except ValidationError as error:
-            self._bad(number, "; ".join(reason(item) for item in error.errors()))
-        except ValueError as error:
-            self._bad(number, str(error))
-        return None
-
-    def _bad(self, number: int, reason: str) -> None:
-        self.bad_lines += 1
-        if len(self.problems) < SHOWN:
-            self.problems.append(Problem(f"{self.path}:{number}", reason))
+DEEP = f"is nested too deeply: more than {MAX_DEPTH} objects and lists inside one another"
+NOT_FINITE = "a row may only have numbers that are finite"
 
 
-def _object(line: bytes) -> dict[str, object]:
+def parse(line: bytes) -> dict[str, Any]:
     """Return the object on a line.
 
     Raises:
         ValueError: If it is none; the message says why.
     """
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(TOO_LONG)
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from error
+        raise ValueError(_not_json(line, error)) from error
     except RecursionError as error:
-        raise ValueError("not JSON that can be read: it is nested too deeply") from error
+        raise ValueError(DEEP) from error
     if not isinstance(value, dict):
-        raise ValueError(f"a row must be an object, not {_json_type(value)}")
+        raise ValueError(f"a row must be an object, not {json_type(value)}")
+    if line.count(b"{") + line.count(b"[") > MAX_DEPTH and not _shallow(value):
+        raise ValueError(DEEP)
     return value
 
 
-def _json_type(value: object) -> str:
-    names = {str: "a string", list: "a list", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _not_json(line: bytes, error: json.JSONDecodeError) -> str:
+    if b"\0" in line:
+        return f"has NUL bytes (the first is byte {line.index(0) + 1} of the line): the file was not written whole"
+    if line.startswith(codecs.BOM_UTF8):
+        return "not JSON: begins with a byte-order mark, which only the start of a file may have"
+    return f"not JSON: {error.msg} (column {error.colno})"
 
 
-def reason(item: object) -> str:
-    """Say in a few words what a pydantic finding means for the person who wrote the line."""
-    assert isinstance(item, dict)
-    where = ".".join(str(part) for part in item["loc"])
-    special = {
-        "missing": "is missing",
-        "string_too_short": "is empty",
-        "string_type": f"should be a string, not {_json_type(item['input'])}",
-        "model_type": f"should be an object, not {_json_type(item['input'])}",
-        "list_type": f"should be a list, not {_json_type(item['input'])}",
-    }
-    text = special.get(item["type"], item["msg"].removeprefix("Value error, "))
-    return f"{where}: {text}" if where else text
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return value
 
 
-def read_all(files: list[JsonlFile[Row]]) -> list[list[Row]]:
-    """Read every file and return its rows.
-
-    Raises:
-        UserError: All bad lines of all files, or the files that are missing or hold no row.
-    """
-    problems = [problem for file in files if (problem := _unreadable(file.path))]
-    if problems:
-        raise UserError("the data cannot be read", problems)
-    rows = [list(file) for file in files]
-    bad_lines = sum(file.bad_lines for file in files)
-    if bad_lines:
-        found = [problem for file in files for problem in file.problems]
-        for file in files:
-            if file.bad_lines > len(file.problems):
-                more = count(file.bad_lines - len(file.problems), "more bad line")
-                found.append(Problem(str(file.path), f"and {more} ({file.bad_lines:,} in all)"))
-        raise UserError(f"{count(bad_lines, 'line')} of the data cannot be used", found)
-    empty = [Problem(str(file.path), "has no rows") for file, found in zip(files, rows, strict=True) if not found]
-    if empty:
-        raise UserError("the data cannot be used", empty)
-    return rows
+def _constant(name: str) -> float:
+    raise ValueError(f"not JSON: {name}; {NOT_FINITE}")
 
 
-def _unreadable(path: Path) -> Problem | None:
-    """Return why a file cannot be opened for reading, with the likely mend."""
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is too large; {NOT_FINITE}")
+    return value
+
+
+def _int(text: str) -> int:
     try:
-        with path.open("rb"):
-            return None
-    except FileNotFoundError:
-        return Problem(str(path), "there is no such file", _neighbours(path))
-    except OSError as error:
-        return Problem(str(path), f"cannot be read: {error.strerror}")
+        return int(text)
+    except ValueError as error:  # Python reads so many digits and no more
+        raise ValueError(f"has a number of {len(text):,} digits") from error
 
 
-def _neighbours(path: Path) -> str:
-    """Name the JSON Lines files of the folder, or the part of the path that exists."""
-    if not path.parent.is_dir():
-        return f"the folder {path.parent} does not exist"
-    names = sorted(other.name for other in path.parent.glob("*.jsonl"))
-    return f"{path.parent} has {', '.join(names[:8])}" if names else f"{path.parent} has no .jsonl file"
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int, strict=True
+)
+
+
+def _shallow(value: object) -> bool:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for outer in level for item in _items(outer) if isinstance(item, dict | list)]
+        if not level:
+            return True
+    return False
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value

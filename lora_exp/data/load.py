@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel, ValidationError
 
 from lora_exp.config import DataConfig
-from lora_exp.data.jsonl import SHOWN, JsonlFile, read_all, reason
+from lora_exp.data.cache import data_cache
+from lora_exp.data.check import Looked, look_at_rows
+from lora_exp.data.duplicates import LEAKS, Finding, leak_findings, shared_rows
+from lora_exp.data.files import with_any_suffix
+from lora_exp.data.findings import findings_of
+from lora_exp.data.hub import from_load_dataset
+from lora_exp.data.jsonl import SHOWN
 from lora_exp.data.kinds import RowKind
+from lora_exp.data.read import read_files
+from lora_exp.data.split import Split
 from lora_exp.errors import Problem, UserError, count
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows of one split: `prompt` and one string for each answer; and where they come from."""
-
-    rows: list[dict[str, str]]
-    source: str
 
 
 def load_splits(config: DataConfig, kind: RowKind) -> dict[str, Split]:
     """Read and check the rows; `train` always, `val` where the config names one.
 
     Raises:
-        UserError: Every bad row of every split, as `file:line: reason`.
+        UserError: Every bad row of every split, as `file:line: reason`; rows of both, if the config calls it an error.
     """
-    return _from_load_dataset(config, kind) if config.path is not None else _from_files(config, kind)
+    if config.path is not None:
+        return _looked_at(from_load_dataset(config, kind), config, kind)
+    return _from_files(config, kind)
 
 
 def _from_files(config: DataConfig, kind: RowKind) -> dict[str, Split]:
@@ -43,17 +42,49 @@ def _from_files(config: DataConfig, kind: RowKind) -> dict[str, Split]:
             "there is no training data",
             [Problem("data.splits_dir", "is not set, and neither is data.train_file", "data.splits_dir=my_rows")],
         )
-    rows = read_all([JsonlFile[Any](path, kind.file_row) for path in found.values()])
+    read = read_files(list(found.values()), kind, data_cache(config.cache_size))
+    findings = _findings([file.looked for file in read], config)
     return {
-        split: Split([row.columns() for row in split_rows], _source(path, config.splits_dir))
-        for (split, path), split_rows in zip(found.items(), rows, strict=True)
+        split: Split(file.rows, _source(file.path, config.splits_dir), file.format, findings, (file.path,))
+        for split, file, findings in zip(found, read, findings, strict=True)
     }
+
+
+def _looked_at(splits: dict[str, Split], config: DataConfig, kind: RowKind) -> dict[str, Split]:
+    findings = _findings([look_at_rows(split.rows, split.source, kind) for split in splits.values()], config)
+    return {name: replace(split, findings=found) for (name, split), found in zip(splits.items(), findings, strict=True)}
+
+
+def _findings(read: list[Looked], config: DataConfig) -> list[tuple[Finding, ...]]:
+    """Return what to tell of `train` and, where it is there, of `val`.
+
+    Raises:
+        UserError: The rows of `val` that `train` has too, if the config calls them an error.
+    """
+    found = [findings_of(each) for each in read]
+    if len(read) > 1 and config.on_leak != "ignore":
+        train, val = read
+        found[1] += _leak(train, val, config)
+    return [tuple(each) for each in found]
+
+
+def _leak(train: Looked, val: Looked, config: DataConfig) -> list[Finding]:
+    pairs = shared_rows(train, val)
+    leaks = [pair for pair in pairs if pair.how in LEAKS]
+    if leaks and config.on_leak == "error":
+        same = {"exact": "is the same row as", "near": "is, but for case, spaces and punctuation, the same row as"}
+        problems = [Problem(pair.val, f"{same[pair.how]} {pair.train}") for pair in leaks[:SHOWN]]
+        if len(leaks) > SHOWN:
+            problems.append(Problem(val.source, f"and {count(len(leaks) - SHOWN, 'more row')} of train"))
+        problems[-1] = replace(problems[-1], mend="take them out of one of the two, or data.on_leak=warn")
+        raise UserError(f"{count(len(leaks), 'row')} of val cannot be evaluated on: they are trained on", problems)
+    return leak_findings(pairs)
 
 
 def _path(file: str | None, splits_dir: str | None, default_name: str) -> Path | None:
     """Resolve a split's file: named outright, or by its usual name in `splits_dir`."""
     if file is None:
-        return None if splits_dir is None else _folder(splits_dir) / default_name
+        return None if splits_dir is None else with_any_suffix(_folder(splits_dir) / default_name)
     path = Path(file)
     if splits_dir is not None and not path.exists() and (_folder(splits_dir) / path).exists():
         return _folder(splits_dir) / path
@@ -76,65 +107,3 @@ def _source(path: Path, splits_dir: str | None) -> str:
     """Name a file for reports: rows inside a package by the package, not by where it is installed."""
     inside = splits_dir is not None and splits_dir.startswith("pkg://") and path.parent == _folder(splits_dir)
     return f"{splits_dir}/{path.name}" if inside else str(path)
-
-
-def _from_load_dataset(config: DataConfig, kind: RowKind) -> dict[str, Split]:
-    """Read whatever `datasets.load_dataset` reads, with its columns renamed by `data.columns` (ours to theirs)."""
-    names = {"train": config.train_split or "train", "val": config.val_split}
-    wanted = {split: name for split, name in names.items() if name is not None}
-    splits: dict[str, Split] = {}
-    problems = _unknown_columns(config, kind)
-    for split, name in wanted.items():
-        rows, bad = _checked(_load_dataset(config, name), config, kind.column_row, f"{config.path}[{name}]")
-        splits[split] = Split(rows, f"{config.path}[{name}]")
-        problems += bad
-    if problems:
-        shown = problems[:SHOWN]
-        if len(problems) > SHOWN:
-            shown.append(Problem(str(config.path), f"and {count(len(problems) - SHOWN, 'more bad row')}"))
-        raise UserError(f"{count(len(problems), 'row')} of the data cannot be used", shown)
-    return splits
-
-
-def _unknown_columns(config: DataConfig, kind: RowKind) -> list[Problem]:
-    ours = list(kind.column_row.model_fields)
-    return [
-        Problem(f"data.columns.{name}", "is no column of ours", f"ours are {', '.join(ours)}")
-        for name in config.columns
-        if name not in ours
-    ]
-
-
-def _load_dataset(config: DataConfig, split: str) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(config.path, config.name, data_files=config.data_files, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        where = Problem(f"data.path={config.path}", cause, "check data.path, data.name, data.data_files and the splits")
-        raise UserError("the data cannot be loaded", [where]) from error
-    finally:
-        datasets.enable_progress_bars()
-
-
-def _checked(
-    dataset: Any, config: DataConfig, row_type: type[BaseModel], source: str
-) -> tuple[list[dict[str, str]], list[Problem]]:
-    """Check every row of a dataset; return the good ones and the bad ones' reasons."""
-    columns = {ours: config.columns.get(ours, ours) for ours in row_type.model_fields}
-    absent = [theirs for theirs in columns.values() if theirs not in dataset.column_names]
-    if absent:
-        mend = "map ours to theirs: " + " ".join(f"+data.columns.{ours}=..." for ours in columns)
-        what = f"has no column {', '.join(absent)}; it has {', '.join(dataset.column_names)}"
-        return [], [Problem(source, what, mend)]
-    rows, problems = [], []
-    for number, row in enumerate(dataset, start=1):
-        try:
-            checked = row_type.model_validate({ours: row[theirs] for ours, theirs in columns.items()})
-        except ValidationError as error:
-            problems.append(Problem(f"{source}:{number}", "; ".join(reason(item) for item in error.errors())))
-        else:
-            rows.append(checked.model_dump())
-    return rows, problems

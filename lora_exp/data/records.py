@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError
 
-
-def whole_characters(value: str) -> str:
-    """Refuse half a surrogate pair, which JSON can spell and no tokenizer can read."""
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise ValueError("has half a surrogate pair, which is no character")
-    return value
-
+from lora_exp.data.formats import Row, whole_characters
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(whole_characters)]
 """A string that is not empty once trimmed."""
@@ -30,6 +24,11 @@ def _iso_8601(value: str) -> str:
     except (ValidationError, ValueError):
         raise ValueError(f"{value!r} is not an ISO 8601 time such as 2026-01-05T08:11:00Z") from None
     return value
+
+
+def _written(value: Any) -> Any:
+    """Write a time out: `load_dataset` makes one of a string that looks like it."""
+    return value.isoformat() if isinstance(value, datetime) else value
 
 
 class Inputs(BaseModel):
@@ -53,6 +52,7 @@ class Meta(BaseModel):
     source: Text = Field(description="Who or what made the row.")
     timestamp: Annotated[
         str,
+        BeforeValidator(_written),
         StringConstraints(strip_whitespace=True),
         AfterValidator(_iso_8601),
         Field(description="When, as ISO 8601.", json_schema_extra={"format": "date-time"}),
@@ -60,16 +60,17 @@ class Meta(BaseModel):
     tags: list[Text] = Field(description="Labels; the list may be empty.")
 
 
-class DataRecord(BaseModel):
-    """One SFT row."""
+class DataRecord(Row):
+    """A question, perhaps with context, and its answer."""
 
+    marks = {"inputs": dict, "outputs": dict}
     id: Text = Field(description="The row's own name.")
     schema_version: Literal["1.0"] = Field(description="The version of this schema.")
     inputs: Inputs
     outputs: Outputs
     meta: Meta
 
-    def columns(self) -> dict[str, str]:
+    def columns(self) -> dict[str, Any]:
         """Return `prompt` (the question, and under it the context where there is one) and `completion`."""
         parts = [self.inputs.question, self.inputs.context]
         return {"prompt": "\n\n".join(part for part in parts if part), "completion": self.outputs.answer}

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from lora_exp.data.preference import PreferenceRow
+from lora_exp.data.conversations import (
+    CompletionMessagesRow,
+    ImplicitPreferenceRow,
+    Message,
+    MessagesRow,
+    PreferenceMessagesRow,
+)
 from lora_exp.data.records import DataRecord
+from lora_exp.data.texts import CompletionRow, InstructionRow, PreferenceRow
 
-ROW_TYPES: dict[str, type[BaseModel]] = {"data_record": DataRecord, "preference_row": PreferenceRow}
+ROW_TYPES: dict[str, type[BaseModel]] = {
+    "data_record": DataRecord,
+    "completion_row": CompletionRow,
+    "completion_messages_row": CompletionMessagesRow,
+    "messages_row": MessagesRow,
+    "instruction_row": InstructionRow,
+    "preference_row": PreferenceRow,
+    "preference_messages_row": PreferenceMessagesRow,
+    "implicit_preference_row": ImplicitPreferenceRow,
+}
 """Name of the schema file to the model."""
+TABLES: dict[str, type[BaseModel]] = {**ROW_TYPES, "message": Message}
+"""Name of the table in SCHEMA.md to the model."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -42,20 +61,24 @@ def _rows(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> l
 
 
 def _type(field: dict[str, Any]) -> str:
+    if "$ref" in field:
+        return re.sub(r"(?<!^)([A-Z])", r" \1", field["$ref"].rpartition("/")[2]).lower()
     if "const" in field:
         return f'`"{field["const"]}"`'
+    if "enum" in field:
+        return " or ".join(f'`"{value}"`' for value in field["enum"])
     if "anyOf" in field:
         return " or ".join(_type(option) for option in field["anyOf"])
+    words = "non-empty " if any(field.get(key) for key in ("minLength", "minItems", "pattern")) else ""
     if field["type"] == "array":
-        return f"list of {_type(field['items'])}s"
-    words = "non-empty " if field.get("minLength") or field.get("pattern") else ""
+        return f"{words}list of {_type(field['items'])}s"
     kind = "ISO 8601 time" if field.get("format") == "date-time" else field["type"]
     return f"{words}{kind}"
 
 
 def documented(text: str) -> str:
     """Return the text of SCHEMA.md with every table between `<!-- name -->` and `<!-- end -->` made anew."""
-    for name, row_type in ROW_TYPES.items():
+    for name, row_type in TABLES.items():
         head, start, rest = text.partition(f"<!-- {name} -->\n")
         _, end, tail = rest.partition("<!-- end -->")
         text = f"{head}{start}{field_table(row_type)}{end}{tail}"

@@ -23,6 +23,13 @@ class SFT(Recipe):
     headline = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
     library_class = "trl.SFTConfig"
 
+    set_elsewhere = {
+        **Recipe.set_elsewhere,
+        "assistant_only_loss": "nothing: the loss is on the assistant's messages",
+        "completion_only_loss": "nothing: the loss is on the answers alone",
+        "chat_template_path": "data.chat_template_path=...",
+    }
+
     loss_type: Literal["nll", "dft"]
 
     def trainer(
@@ -53,14 +60,23 @@ class SFT(Recipe):
 
 
 def with_labels(dataset: Dataset) -> Dataset:
-    """Join prompt and completion to `input_ids`, with `labels` that ignore the prompt."""
+    """Join prompt and completion to `input_ids`, with `labels` that ignore what carries no loss.
+
+    Args:
+        dataset: `prompt_ids`, `completion_ids` and, of conversations, `completion_mask`; without it the whole
+            completion is learned.
+    """
     from datasets import Dataset as Rows
 
     prompts, completions = dataset["prompt_ids"], dataset["completion_ids"]
-    pairs = list(zip(prompts, completions, strict=True))
-    return Rows.from_dict(
-        {
-            "input_ids": [prompt + completion for prompt, completion in pairs],
-            "labels": [[IGNORED] * len(prompt) + completion for prompt, completion in pairs],
-        }
-    )
+    masks = dataset["completion_mask"] if "completion_mask" in dataset.column_names else map(_ones, completions)
+    inputs, labels = [], []
+    for prompt, completion, mask in zip(prompts, completions, masks, strict=True):
+        inputs.append(prompt + completion)
+        scored = (token if score else IGNORED for token, score in zip(completion, mask, strict=True))
+        labels.append([IGNORED] * len(prompt) + list(scored))
+    return Rows.from_dict({"input_ids": inputs, "labels": labels})
+
+
+def _ones(ids: list[int]) -> list[int]:
+    return [1] * len(ids)

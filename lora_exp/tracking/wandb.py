@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from pydantic import Field
 
-from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker
+from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker, by_split
 from lora_exp.tracking.kept import kept_id, logged_before
 
 ASK_AGAIN = 600.0
@@ -44,10 +44,7 @@ class WandbRun(ActiveRun):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers under their section: `train/loss`, `eval/loss`."""
-        sections = {
-            f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value for key, value in metrics.items()
-        }
-        self._log({**sections, "train/global_step": step})
+        self._log({**by_split(metrics), "train/global_step": step})
 
     def _log(self, line: Mapping[str, Any]) -> None:
         self.run.log(dict(line), step=self.lines, commit=True)
@@ -87,8 +84,6 @@ class Wandb(Tracker):
     label = "wandb"
     mode: Literal["online", "offline", "disabled"] | None
     entity: str | None
-    notes: str | None
-    log_adapter: bool
     init_timeout: float = Field(gt=0)
     finish_timeout: float = Field(gt=0)
 
@@ -98,9 +93,8 @@ class Wandb(Tracker):
         A run that goes on is the same one at W&B: online it is resumed; offline its record is written anew from the
         first line, for W&B appends no record to another.
         """
-        from wandb.sdk.lib.runid import generate_id
-
         import wandb
+        from wandb.sdk.lib.runid import generate_id
 
         wandb.setup(wandb.Settings(silent=True))  # of the process: a login speaks before there is a run
         run_id = kept_id(info, self.label, generate_id())
@@ -111,6 +105,8 @@ class Wandb(Tracker):
             if mode != "online":
                 raise
             mode, why = "offline", _remember(str(error).splitlines()[0])
+            wandb.teardown(exit_code=1)  # its process keeps the id of a run that could not be opened
+            wandb.setup(wandb.Settings(silent=True))
             run = self._open(wandb, info, mode, run_id)
         run.define_metric("train/global_step")
         run.define_metric("*", step_metric="train/global_step")

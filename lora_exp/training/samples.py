@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lora_exp.data.chat import texts
+
 if TYPE_CHECKING:
     from lora_exp.data.tokenize import TokenizedData
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with the token ids that training sees (cut to its limit) and the answer that its row gives."""
+    """A prompt, the answer that its row gives, and the prompt's token ids as training sees them (cut to the limit)."""
 
     text: str
-    ids: list[int]
     expected: str
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,10 @@ def fixed_prompts(data: TokenizedData, answer_column: str, number: int) -> list[
     """Return the first prompts of `val`, or of `train` where there is none."""
     split = "val" if "val" in data.datasets else "train"
     dataset, rows = data.datasets[split], data.splits[split].rows
-    first = (dataset[index] for index in range(min(number, len(dataset))))
-    return [Prompt(rows[each["row"]]["prompt"], each["prompt_ids"], rows[each["row"]][answer_column]) for each in first]
+    return [
+        Prompt(*texts(rows[each["row"]], answer_column), each["prompt_ids"])
+        for each in (dataset[index] for index in range(min(number, len(dataset))))
+    ]
 
 
 def answer(model: Any, tokenizer: Any, prompts: list[Prompt], max_new_tokens: int) -> list[Answer]:

@@ -46,8 +46,8 @@ def test_a_folder_of_splits_is_read_by_the_usual_names(
     tmp_path: Path, write_jsonl: Write, record: Make, preference: Make, kind: RowKind
 ) -> None:
     make = record if kind is COMPLETION else preference
-    write_jsonl(tmp_path / kind.train_file, [make(), make()])
-    write_jsonl(tmp_path / kind.val_file, [make()])
+    write_jsonl(tmp_path / kind.train_file, [make(id="a"), make(id="b")])
+    write_jsonl(tmp_path / kind.val_file, [make(id="c")])
     splits = load_splits(DataConfig(splits_dir=str(tmp_path)), kind)
     assert {name: len(split.rows) for name, split in splits.items()} == {"train": 2, "val": 1}
     assert {name: split.source for name, split in splits.items()} == {

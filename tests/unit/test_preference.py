@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_exp.data.preference import CompletionRow, PreferenceRow, load_preference_jsonl
+from lora_exp.data.kinds import PREFERENCE
+from lora_exp.data.preference import load_preference_jsonl
+from lora_exp.data.texts import CompletionRow, PreferenceRow
 from lora_exp.errors import UserError
+from tests.rows import EXAMPLES, Example, assistant, call, user
 
 Make = Callable[..., dict[str, Any]]
 COLUMNS = ["prompt", "chosen", "rejected"]
@@ -72,9 +75,31 @@ def test_a_text_that_is_none_is_refused_by_file_line_and_key(
     assert problem.what.endswith(reason)
 
 
-def test_a_file_of_another_kind_of_row_names_the_columns_that_it_lacks(
+def test_a_file_of_another_recipes_rows_names_that_recipe(
     tmp_path: Path, write_jsonl: Callable[..., Path], record: Make
 ) -> None:
     with pytest.raises(UserError) as caught:
         load_preference_jsonl(write_jsonl(tmp_path / "rows.jsonl", [record()]))
-    assert all(f"{key}: is missing" in caught.value.problems[0].what for key in COLUMNS)
+    assert caught.value.problems[0].what == "looks like a DataRecord row: recipe=sft"
+
+
+@pytest.mark.parametrize("example", [each for each in EXAMPLES if each.kind is PREFERENCE], ids=lambda each: each.name)
+def test_rows_of_any_format_come_back_as_their_columns(
+    example: Example, tmp_path: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    columns = PREFERENCE.recognise(example.row).row.model_validate(example.row).columns()
+    dataset = load_preference_jsonl(write_jsonl(tmp_path / "rows.jsonl", [example.row] * 2))
+    assert dataset.column_names == COLUMNS
+    assert dataset.to_list() == [columns] * 2
+
+
+def test_tool_calls_come_back_with_their_own_arguments(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+    rows = [
+        {
+            "prompt": [user("Rain?")],
+            "chosen": [assistant("", tool_calls=[call(**arguments)])],
+            "rejected": [assistant("No.")],
+        }
+        for arguments in ({"city": "Oslo"}, {"days": [1, 2]})
+    ]
+    assert load_preference_jsonl(write_jsonl(tmp_path / "rows.jsonl", rows)).to_list() == rows

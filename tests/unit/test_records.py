@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lora_exp.data.jsonl import JsonlFile, read_all
+from lora_exp.data.cache import NO_CACHE
+from lora_exp.data.kinds import COMPLETION
+from lora_exp.data.read import read_files
 from lora_exp.data.records import DataRecord
 from lora_exp.errors import UserError
 
@@ -38,7 +40,7 @@ def reasons(row: dict[str, Any], folder: Path) -> str:
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        read_all([JsonlFile(path, DataRecord)])
+        read_files([path], COMPLETION, NO_CACHE)
     (problem,) = caught.value.problems
     assert problem.where == f"{path}:1"
     return problem.what
@@ -128,8 +130,9 @@ def test_a_valid_row_goes_through_a_file_unchanged(
     row = record(**dict(zip([*TEXTS, "inputs__context"], values, strict=True)), meta__tags=tags)
     path = tmp_path_factory.getbasetemp() / "records.jsonl"
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    ((read,),) = read_all([JsonlFile(path, DataRecord)])
-    assert read.model_dump() == row
+    (file,) = read_files([path], COMPLETION, NO_CACHE)
+    assert file.rows == [DataRecord.model_validate(row).columns()]
+    assert DataRecord.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_dump() == row
 
 
 @pytest.mark.parametrize(

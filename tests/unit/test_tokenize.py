@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from statistics import median
@@ -14,7 +15,8 @@ from omegaconf import OmegaConf
 
 from lora_exp.config import CONF_DIR, DataConfig
 from lora_exp.data.kinds import COMPLETION, PREFERENCE, RowKind
-from lora_exp.data.load import Split, load_splits
+from lora_exp.data.load import load_splits
+from lora_exp.data.split import Split
 from lora_exp.data.tokenize import BATCH, Limits, SplitReport, tokenize_split, use_chat_template
 from lora_exp.models.embedded import build_tokenizer
 
@@ -127,6 +129,7 @@ def test_every_row_and_every_cut_token_is_accounted_for(
     assert report.kept == len(done.rows)
     assert report.rows == report.kept + sum(report.dropped.values())
     assert all(number > 0 for number in report.dropped.values())
+    assert json.loads(json.dumps(report.as_dict()))["dropped"] == dict(report.dropped)
 
     whole = tokenize(rows, kind, tokenizer, ENOUGH, template).rows
     lost = {name: [] for name in ("prompt", *kind.answers)}
