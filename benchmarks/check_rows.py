@@ -59,8 +59,8 @@ def measure(path: Path, folder: Path, cache_size: int) -> tuple[float, float, fl
     """Check a file in a process of its own.
 
     Returns:
-        Seconds from its start to its end; seconds that all processors worked; the most MB that it and its children had resident together, by their share of
-        common pages (PSS); the rows.
+        Seconds from its start to its end; seconds that all processors worked; the most MB that it and its children had
+        resident together, by their share of common pages (PSS); the rows.
     """
     script = folder / "check.py"
     script.write_text(CHECK, encoding="utf-8")
