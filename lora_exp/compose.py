@@ -136,6 +136,11 @@ class Composer:
             raise UserError(f"the config has {count(len(problems), 'problem')}", problems)
         return composed
 
+    def choices(self, overrides: list[str]) -> dict[str, str]:
+        """Return the option that is taken from each config group."""
+        composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=True)
+        return {group: option for group, option in composed.hydra.runtime.choices.items() if "/" not in group}
+
     def _compose(self, overrides: list[str]) -> DictConfig:
         composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=False)
         OmegaConf.resolve(composed.copy())

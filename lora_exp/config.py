@@ -165,6 +165,8 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     chat_template: Literal["auto"] | bool = "auto"
     chat_template_path: str | None = None
+    max_dropped_share: float | None = Field(0.05, ge=0, le=1)
+    max_cut_share: float | None = Field(None, ge=0, le=1)
     on_leak: Literal["warn", "error", "ignore"] = "warn"
     cache_size: Size = ByteSize(20 * 10**9)
 
@@ -387,6 +389,7 @@ class Config(Section):
     direction: Way | list[Way] | None
     output_dir: str
     resume: str | None
+    dry_run: bool = False
 
     rules = (
         Rule(

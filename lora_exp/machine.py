@@ -15,6 +15,10 @@ from typing import Any, Literal
 
 from lora_exp.errors import Problem, UserError, count
 
+KERNELS = 384
+"""Compiled products that are kept. The layers of a model repeat those of a micro-batch, which must all find room: up to
+310 where its 1,024 tokens are rows of as many lengths as possible."""
+
 PROC = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -56,7 +60,9 @@ def free_memory_bytes(device: Any) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)
     limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
-    return available if limit is None or used is None else min(available, limit - used)
+    if limit is None or used is None:
+        return available
+    return max(0, min(available, limit - used + _cgroup_file_cache()))
 
 
 def _cgroup_bytes(name: str) -> int | None:
@@ -66,6 +72,15 @@ def _cgroup_bytes(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def _cgroup_file_cache() -> int:
+    """Return what files that were read take of this process's control group: the system gives it back when asked."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
 
 
 def usable_cores() -> int:
@@ -105,6 +120,16 @@ def keep_freed_memory() -> bool:
         return False
     # malloc.h: M_MMAP_THRESHOLD is -3, its value at most what an int holds; M_TRIM_THRESHOLD is -1, and -1 never trims.
     return bool(mallopt(-3, 2**30)) and bool(mallopt(-1, -1))
+
+
+def bound_kernel_caches() -> None:
+    """Keep fewer compiled products of a processor, before torch computes its first; a value that is set stays.
+
+    oneDNN compiles a product in half precision anew for each shape that it meets and keeps 1,024 of them, torch as many
+    beside it, about 1 MiB each: rows of many lengths would fill 1 GiB and more.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
 
 
 def return_freed_memory() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_exp.data.cache import NO_CACHE, Cache
 from lora_exp.data.chat import RefusedError
 from lora_exp.data.encode import Encoded, Ids, encode_rows
+from lora_exp.data.lengths import RowLengths
 from lora_exp.data.template import Refusals
 from lora_exp.data.token_cache import kept_tokens, token_key
 from lora_exp.errors import Problem, UserError
@@ -56,11 +57,14 @@ class SplitReport:
     """Tokens of a prompt with the longest of its answers."""
     unended: int = 0
     """Rows with an answer that no special token ends, from which a model does not learn to stop."""
+    lengths: RowLengths = field(default_factory=RowLengths)
+    """Of every row, before anything was cut."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for `data_report.json`, lengths as min, median and max over what was kept."""
         # asdict makes pairs into the keys of a Counter (Python 3.10, 3.11).
         summary = {**vars(self), "dropped": dict(self.dropped)}
+        del summary["lengths"]
         for name in ("prompt_lengths", "answer_lengths"):
             lengths = summary.pop(name)
             spread = {"min": min(lengths), "median": median(lengths), "max": max(lengths)} if lengths else None
@@ -209,8 +213,7 @@ def tokenize_split(
 
     report, refusals = SplitReport(source, format), Refusals(source, tokenizer)
     columns: dict[str, list[Any]] = {"row": [], "prompt_ids": [], **{f"{name}_ids": [] for name in answers}}
-    masks: list[list[int]] = []
-    gaps = False
+    masks: list[list[int] | None] = []
     for row, encoded in enumerate(encode_rows(rows, answers, tokenizer, chat_template)):
         if isinstance(encoded, RefusedError):
             refusals.add(row, encoded)
@@ -219,18 +222,21 @@ def tokenize_split(
         if cut is None:
             continue
         report.unended += not encoded.ended
-        gaps = gaps or cut.scored is not None
-        masks.append(cut.scored or [1] * len(cut.answers[0]))
+        masks.append(cut.scored)
         for column, value in zip(columns.values(), [row, cut.prompt, *cut.answers], strict=True):
             column.append(value)
     if problems := refusals.problems():
         raise UserError(REFUSED, problems)
-    return Dataset.from_dict({**columns, f"{answers[0]}_mask": masks} if gaps else columns), report
+    if any(masks):
+        told = columns[f"{answers[0]}_ids"]
+        columns[f"{answers[0]}_mask"] = [mask or [1] * len(ids) for mask, ids in zip(masks, told, strict=True)]
+    return Dataset.from_dict(columns), report
 
 
 def _cut(row: Encoded, limits: Limits, report: SplitReport) -> Encoded | None:
     """Cut one row and account for it; None where nothing is left to learn from."""
     report.rows += 1
+    report.lengths.add(row.prompt, row.answers)
     limit = limits.max_length if limits.max_prompt_length is None else limits.max_prompt_length
     prompt = row.prompt
     if len(prompt) > limit:

@@ -87,13 +87,13 @@ class MemoryGuard:
     def _used(self) -> str:
         if self.engine is None or self.work is None:
             return "the weights do not fit"
-        from lora_exp.engine.settings import bytes_per_token
-
-        device = self.work.policy.device
-        tokens = self.engine.tokens_at_once(self.work)
-        need = tokens * bytes_per_token(self.work.policy.model)
+        device, forecast = self.work.policy.device, self.work.forecast
+        recomputed = self.work.arguments["gradient_checkpointing"]
+        tokens = self.engine.choose_tokens(recomputed, forecast)
+        need = forecast.need(self.engine.name, tokens.value if tokens else None, recomputed)
         peak, free = peak_memory_bytes(device), free_memory_bytes(device)
-        estimate = f"{tokens:,} tokens at a time were estimated to need {_size(need)} for their activations"
+        at_once = self.engine.tokens_at_once(self.work)
+        estimate = f"{at_once:,} tokens at a time were estimated to need {_size(need)} in all"
         return f"the run had used up to {_size(peak)}, {_size(free)} are free now, and {estimate}"
 
     def _options(self) -> Iterator[tuple[Config | None, str]]:
