@@ -6,12 +6,14 @@ in strict mode (no "512" for 512) that forbid unknown keys.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import OmegaConf
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ByteSize,
     ConfigDict,
@@ -354,10 +356,16 @@ class StoreConfig(Section):
         return value
 
 
+def _folder_name(name: str) -> str:
+    if len(name) > 100 or not re.fullmatch(r"\w[\w.,=+-]*", name):
+        raise ValueError("a name for a folder: letters, digits and _ . , = + -, at most 100")
+    return name
+
+
 class SweepConfig(Section):
     """What holds for a multirun as a whole."""
 
-    name: str | None = Field(min_length=1, max_length=100, pattern=r"^\w[\w.,=+-]*$")
+    name: Annotated[str, AfterValidator(_folder_name)] | None = Field(min_length=1)
     axes: list[str]
     variant: str | None
     seeds: int | None = Field(gt=0)
