@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -111,17 +111,26 @@ class _Source:
         there = self.dataset.column_names
         absent = [theirs for theirs in self.columns.values() if theirs not in there]
         if not absent and len(self.dataset):
+            first = next(iter(self._rows()))
             try:
-                row_format = self.kind.recognise(next(iter(self._rows())))
+                row_format = self.kind.recognise(first)
             except OtherRecipeError as error:
                 return [Problem(self.name, str(error))]
             except ValueError as error:
-                return [Problem(self.name, str(error), _mapping(["prompt", *self.kind.answers]))]
+                return [Problem(self.name, str(error), _mapping(self._likely(first)))]
             absent = [name for name in _required(row_format) if name not in self.columns]
         if not absent:
             return []
         what = f"has no column {', '.join(absent)}; it has {', '.join(there)}"
-        return [Problem(self.name, what, _mapping(absent))]
+        return [Problem(self.name, what, _mapping(dict.fromkeys(absent, "...")))]
+
+    def _likely(self, first: dict[str, Any]) -> dict[str, str]:
+        """Return a mapping to propose: the only list to a format of one list, if there is one."""
+        lists = [name for name, value in first.items() if isinstance(value, list)]
+        single = [key for each in self.kind.formats for key in each.row.marks if dict(each.row.marks) == {key: list}]
+        if len(lists) == len(single) == 1:
+            return {single[0]: lists[0]}
+        return dict.fromkeys(["prompt", *self.kind.answers], "...")
 
     def checked(self) -> Split:
         """Return the rows that are right, on disk, and gather what is wrong with the others."""
@@ -172,5 +181,6 @@ def _required(row_format: RowFormat) -> list[str]:
     return [name for name, field in row_format.row.model_fields.items() if field.is_required()]
 
 
-def _mapping(columns: Iterable[str]) -> str:
-    return "map ours to theirs: " + " ".join(f"+data.columns.{ours}=..." for ours in columns)
+def _mapping(columns: dict[str, str]) -> str:
+    pairs = (f"+data.columns.{ours}={theirs}" for ours, theirs in columns.items())
+    return f"map ours to theirs: {' '.join(pairs)}"

@@ -225,8 +225,7 @@ def tokenize_split(
 
     report, refusals = SplitReport(source, format), Refusals(source, tokenizer)
     columns: dict[str, list[Any]] = {"row": [], "prompt_ids": [], **{f"{name}_ids": [] for name in answers}}
-    masks: list[list[int]] = []
-    gaps = False
+    masks: list[list[int] | None] = []
     for row, encoded in enumerate(encode_rows(rows, answers, tokenizer, chat_template)):
         if isinstance(encoded, RefusedError):
             refusals.add(row, encoded)
@@ -235,13 +234,15 @@ def tokenize_split(
         if cut is None:
             continue
         report.unended += not encoded.ended
-        gaps = gaps or cut.scored is not None
-        masks.append(cut.scored or [1] * len(cut.answers[0]))
+        masks.append(cut.scored)
         for column, value in zip(columns.values(), [row, cut.prompt, *cut.answers], strict=True):
             column.append(value)
     if problems := refusals.problems():
         raise UserError(REFUSED, problems)
-    return Dataset.from_dict({**columns, f"{answers[0]}_mask": masks} if gaps else columns), report
+    if any(masks):
+        told = columns[f"{answers[0]}_ids"]
+        columns[f"{answers[0]}_mask"] = [mask or [1] * len(ids) for mask, ids in zip(masks, told, strict=True)]
+    return Dataset.from_dict(columns), report
 
 
 def _cut(row: Encoded, limits: Limits, report: SplitReport) -> Encoded | None:

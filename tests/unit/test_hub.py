@@ -135,6 +135,11 @@ def test_columns_of_no_format_are_told_with_how_to_map_them(read: Read) -> None:
     assert problem.mend == "map ours to theirs: +data.columns.prompt=... +data.columns.completion=..."
 
 
+def test_a_conversation_under_another_name_is_told_with_the_mapping(read: Read) -> None:
+    problem = refusal(read, [{"id": "1", "conversation": EXAMPLES[3].row["messages"]}], COMPLETION)
+    assert problem.mend == "map ours to theirs: +data.columns.messages=conversation"
+
+
 def test_a_mapped_column_that_is_not_there_is_told_with_those_that_are(read: Read) -> None:
     problem = refusal(read, [EXAMPLES[3].row], COMPLETION, columns={"messages": "conversation"})
     assert problem.what == "has no column conversation; it has messages"
