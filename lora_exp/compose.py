@@ -146,6 +146,11 @@ class Composer:
             raise UserError(f"the config has {count(len(problems), 'problem')}", problems)
         return composed
 
+    def choices(self, overrides: list[str]) -> dict[str, str]:
+        """Return the option that is taken from each config group."""
+        composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=True)
+        return {group: option for group, option in composed.hydra.runtime.choices.items() if "/" not in group}
+
     def _compose(self, overrides: list[str]) -> DictConfig:
         composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=False)
         OmegaConf.resolve(composed.copy())
@@ -230,7 +235,7 @@ class Composer:
         if elsewhere:
             what = f"there is no such key here; it belongs to {' and '.join(elsewhere)}"
             return Problem(key, what, f"add {elsewhere[0]}")
-        return Problem(key, "there is no such key", _suggestion(key, keys))
+        return Problem(key or str(override.input_line), "there is no such key", _suggestion(key, keys))
 
 
 def _each_value_once(parsed: list[Override]) -> list[list[str]]:

@@ -13,7 +13,7 @@ UNUSABLE_WARNINGS = (
     r".*MatMul8bitLt: inputs will be cast.*",  # bitsandbytes: how its 8-bit product works
     r".*'pin_memory' argument is set as true but no accelerator.*",  # torch: a default of its DataLoader
     r".*`use_cache=True` is incompatible with gradient checkpointing.*",  # transformers turns it off itself
-    r".*`(is_)?gradient_checkpointing` is deprecated.*",  # transformers 5.23: TRL 1.16 uses the old name
+    r".*`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated.*",  # transformers 5.23; TRL 1.16 uses it
     r".*_check_is_size will be removed in a future PyTorch release.*",  # bitsandbytes calling torch
 )
 CHATTY_LOGGERS = ("bitsandbytes", "accelerate", "datasets", "httpx", "torch.distributed", "peft")

@@ -17,16 +17,19 @@ from lora_exp.data.load import load_splits
 from lora_exp.data.split import Split
 from lora_exp.data.template import use_template
 from lora_exp.data.tokenize import TokenizedData, tokenize_splits
-from lora_exp.disk import writing
+from lora_exp.disk import room_for_files, writing
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned
 from lora_exp.machine import (
     ask_for_determinism,
+    bound_kernel_caches,
     device_facts,
     isolated_job,
     keep_freed_memory,
     peak_memory_bytes,
+    release_memory,
     reset_peak_memory,
+    return_freed_memory,
     told_if_nondeterministic,
     use_threads,
 )
@@ -35,7 +38,8 @@ from lora_exp.provenance import adapter_facts, data_facts
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
 from lora_exp.reports import console
-from lora_exp.reports.page import REMOTE_CODE, write_page
+from lora_exp.reports.header import header_lines
+from lora_exp.reports.page import write_page
 from lora_exp.rules import flatten
 from lora_exp.run_folder import RunFolder, read_jsonl
 from lora_exp.run_lock import only_run
@@ -188,6 +192,7 @@ def _run_within_memory(config: Config, attempt: Attempt) -> list[float] | None:
             if not config.trainer.auto_find_batch_size or error.smaller is None:
                 raise
             config, change = error.smaller, error.change
+        release_memory()  # now that the error is gone, whose frames held the tensors
         found = newest_checkpoint(attempt.folder.checkpoints)
         where = found.checkpoint.name if found.checkpoint else "the first step"
         console.note(f"memory ran out; again from {where} with {change}")
@@ -215,20 +220,22 @@ def _check_base() -> None:
 
 def _run(config: Config, attempt: Attempt) -> list[float] | None:
     memory = MemoryGuard(config, attempt.folder)
-    with memory.told():
+    with memory.told(), room_for_files(attempt.folder.path):
         return _guarded_run(config, attempt, memory)
 
 
 def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[float] | None:
     folder, launch = attempt.folder, attempt.launch
     quiet_libraries()
-    console.header(_header(config, launch))
+    trial = launch.folder.name if launch.sweep else None
+    console.header(header_lines(config, launch.choices, [("folder", str(launch.folder))], trial))
     if _keeps_reference(config, config.engine):
         _store(config).close()  # a place that cannot be written is told before anything is loaded
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
         folder.note(data=data_facts(splits), start_adapter=adapter_facts(attempt.start))
     keep_freed_memory()
+    bound_kernel_caches()
     console.say("machine", use_threads(config.engine.num_threads))
     if config.deterministic:
         console.say("bits", ask_for_determinism(config.seed))
@@ -259,6 +266,9 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
             report_to(launch.trial, trainer, config.objectives[0])
         leave_on_signal(attempt.interrupts, trainer)
         final = _train(config, attempt, prepared, trainer)
+        from lora_exp.preflight.duration import keep_measured_speed
+
+        keep_measured_speed(config, prepared, trainer, final, folder.wall_times)
         found = _objectives(config, final)
         objective = next(iter(found.values()), None)
         peak = peak_memory_bytes(policy.device)
@@ -299,14 +309,19 @@ def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split]
         splits: The rows.
         start: The adapter to go on from; None for a new one.
     """
+    from lora_exp.preflight.fit import require_fit
+    from lora_exp.preflight.place import memory_of_this_process
     from lora_exp.training.loop import choose_engine
 
     with model_files(config.model) as files:
         with folder.stage("data"):
             data = tokenize(config, folder, splits, files)
         with folder.stage("model"):
+            memory, way = memory_of_this_process(config, data.reports, files, start)
+            folder.note(estimated_memory_bytes=memory.estimate(way).total)
+            require_fit(memory, way)
             policy = _load(config, files, start, folder)
-            engine, work = choose_engine(config, folder, policy, data)
+            engine, work = choose_engine(config, folder, policy, data, memory)
             identity = _reference_identity(config, engine, policy, files)
     return Prepared(data, policy, engine, work, identity)
 
@@ -322,33 +337,10 @@ def build_trainer(config: Config, folder: RunFolder, prepared: Prepared, tracker
     return trainer
 
 
-def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
-    chosen = launch.choices
-    trial = [("trial", launch.folder.name)] if launch.sweep else []
-    model = config.model.pretrained_model_name_or_path
-    adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
-    lora = config.lora
-    code = [("code", REMOTE_CODE)] if config.model.trust_remote_code else []
-    return [
-        *trial,
-        (
-            "recipe",
-            f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}",
-        ),
-        ("model", f"{chosen.get('model', '')} ({model}){adapter}".strip()),
-        *code,
-        ("quant", chosen.get("quant", "") or config.quant.target or "none"),
-        (
-            "lora",
-            f"{chosen.get('lora', '')} r={lora.r} alpha={lora.lora_alpha:g} dropout={lora.lora_dropout:g}".strip(),
-        ),
-        ("folder", str(launch.folder)),
-    ]
-
-
 def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files: str) -> TokenizedData:
     """Turn the rows into the token ids that the run trains on; say and write down what was cut or dropped."""
     from lora_exp.models.policy import load_tokenizer
+    from lora_exp.preflight.losses import require_rows_kept
 
     tokenizer = load_tokenizer(config.model, files)
     use_template(tokenizer, config.data.chat_template_path)
@@ -361,6 +353,7 @@ def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files:
     for line in [str(finding) for split in splits.values() for finding in split.findings] + cache.failures:
         console.note(line)
     data.require_rows()
+    require_rows_kept(config.data, recipe.limits, data.reports)
     return data
 
 
@@ -368,6 +361,7 @@ def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> 
     from lora_exp.models.policy import load_policy
 
     policy = load_policy(config, files, start, folder.checkpoints)
+    return_freed_memory()  # what reading the files left behind, in parts of the heap that training would not use again
     console.say("precision", f"{policy.precision.dtype}: {policy.precision.reason}")
     share = policy.trainable_parameters / policy.total_parameters
     console.say(

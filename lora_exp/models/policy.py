@@ -107,7 +107,7 @@ def load_tokenizer(config: ModelConfig, files: str) -> Any:
     """Load the model's tokenizer; it pads on the right with its pad token, or the end token where it has none."""
     from transformers import AutoTokenizer
 
-    with _told_if_it_needs_code(config):
+    with told_if_it_needs_code(config):
         tokenizer = AutoTokenizer.from_pretrained(
             files, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -134,7 +134,7 @@ def load_base(config: ModelConfig, quant: QuantConfig, precision: Precision, dev
     if quant.target is not None:
         kwargs["quantization_config"] = _quantization_config(quant, precision)
     try:
-        with _told_if_it_needs_code(config):
+        with told_if_it_needs_code(config):
             base = AutoModelForCausalLM.from_pretrained(
                 files,
                 revision=config.revision,
@@ -162,8 +162,12 @@ def _unreadable(config: ModelConfig, error: OSError) -> Problem:
 
 
 @contextmanager
-def _told_if_it_needs_code(config: ModelConfig) -> Iterator[None]:
-    """Turn what transformers says of a model that brings its own code into an error with its mend."""
+def told_if_it_needs_code(config: ModelConfig) -> Iterator[None]:
+    """Turn what transformers says of a model that brings its own code into an error with its mend.
+
+    Raises:
+        UserError: If it needs code that nobody trusted.
+    """
     try:
         yield
     except ValueError as error:
@@ -211,7 +215,7 @@ def attach_adapter(base: Any, config: Config, precision: Precision, start: Path 
         model = get_peft_model(base, lora)
     except ValueError as error:
         SHARED_BASE.forget()  # some of its layers may carry an adapter already
-        raise _refused_layers(base, error) from error
+        raise refused_layers(base, error) from error
     if not writes_into_base(config.lora):
         return _policy(model, precision, "adapter off")
     initial = scratch / "initial_adapter"
@@ -224,7 +228,7 @@ def attach_adapter(base: Any, config: Config, precision: Precision, start: Path 
     return policy
 
 
-def _refused_layers(base: Any, error: ValueError) -> Exception:
+def refused_layers(base: Any, error: ValueError) -> Exception:
     """Return what tells the user which layers are left, or the error itself where PEFT does not name one.
 
     PEFT 0.21 refuses some layers of state space models (`tuners/tuners_utils.py`), whose kernels read the bare weights.

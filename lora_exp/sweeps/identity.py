@@ -11,8 +11,11 @@ from lora_exp.rules import flatten
 
 WITHOUT_EFFECT = (
     "data.cache_size",
+    "data.max_cut_share",
+    "data.max_dropped_share",
     "data.on_leak",
     "direction",
+    "dry_run",
     "hydra",
     "output_dir",
     "resume",
@@ -24,7 +27,7 @@ WITHOUT_EFFECT = (
     "trainer.logging_first_step",
     "trainer.logging_steps",
 )
-"""Keys, and groups of keys, that say where results go and who watches."""
+"""Keys, and groups of keys, that say where results go, who watches and what stops a run before it starts."""
 
 
 def lies_under(key: str, groups: tuple[str, ...]) -> bool:

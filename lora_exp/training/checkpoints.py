@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from lora_exp.errors import Problem, UserError
 from lora_exp.rules import flatten
 from lora_exp.run_folder import RunFolder
+from lora_exp.sweeps.identity import WITHOUT_EFFECT, lies_under
 from lora_exp.training.integrity import clear_leftovers, damage
 
 STATE = "trainer_state.json"
@@ -130,5 +131,7 @@ def _changed(saved: Path, resolved: Mapping[str, Any]) -> list[Problem]:
     return [
         Problem(key, f"was {old.get(key)!r} in {saved.parent} and is {new.get(key)!r} now", mend)
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not isinstance(old.get(key, new.get(key)), dict)
+        if not lies_under(key, WITHOUT_EFFECT)
+        and old.get(key) != new.get(key)
+        and not isinstance(old.get(key, new.get(key)), dict)
     ]

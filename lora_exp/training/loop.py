@@ -22,21 +22,26 @@ from lora_exp.training.watch import RowNames
 
 if TYPE_CHECKING:
     from lora_exp.data.tokenize import TokenizedData
+    from lora_exp.engine.settings import Forecast
     from lora_exp.models.policy import Policy
 
 
-def choose_engine(config: Config, folder: RunFolder, policy: Policy, data: TokenizedData) -> tuple[Engine, Work]:
+def choose_engine(
+    config: Config, folder: RunFolder, policy: Policy, data: TokenizedData, forecast: Forecast
+) -> tuple[Engine, Work]:
     """Settle what the machine decides: the engine and its micro-batch, gradient checkpointing. Each is said aloud."""
     import_quietly("transformers.integrations.integration_utils")  # it says so where WANDB_MODE is offline
     from lora_exp.engine.settings import choose_checkpointing
 
     arguments = training_arguments(config, policy.precision, folder.checkpoints, policy.device.type == "cpu")
-    work = Work(policy, config.recipe, arguments, data.longest_row)
+    work = Work(policy, config.recipe, arguments, data.longest_row, forecast)
     engine, line = config.engine.suited_to(work)
     console.say("engine", line)
     wanted = config.trainer.gradient_checkpointing
-    checkpointing = choose_checkpointing(wanted, policy.model, engine.tokens_at_once(work))
+    tokens = engine.choose_tokens(wanted, forecast)
+    checkpointing = choose_checkpointing(wanted, engine.name, tokens.value if tokens else None, forecast)
     arguments["gradient_checkpointing"] = checkpointing.value
+    forecast.require(engine.name, tokens.value if tokens else None, checkpointing.value)
     console.say("memory", f"activations {'recomputed' if checkpointing.value else 'kept'}: {checkpointing.reason}")
     return engine, work
 

@@ -80,20 +80,20 @@ class MemoryGuard:
     def _explained(self, error: BaseException) -> OutOfMemory:
         options = list(self._options())
         smaller, change = next(((config, change) for config, change in options if config is not None), (None, ""))
-        mends = "\n".join(change for _, change in options)
-        problem = Problem("memory", f"{_wanted(error)}; {self._used()}", f"in order of least harm:\n{mends}")
+        mends = "".join(f"\n      {change}" for _, change in options)
+        problem = Problem("memory", f"{_wanted(error)}; {self._used()}", f"what helps, the least harm first:{mends}")
         return OutOfMemory(f"memory ran out in the stage {self.folder.current_stage}", [problem], smaller, change)
 
     def _used(self) -> str:
         if self.engine is None or self.work is None:
             return "the weights do not fit"
-        from lora_exp.engine.settings import bytes_per_token
-
-        device = self.work.policy.device
-        tokens = self.engine.tokens_at_once(self.work)
-        need = tokens * bytes_per_token(self.work.policy.model)
+        device, forecast = self.work.policy.device, self.work.forecast
+        recomputed = self.work.arguments["gradient_checkpointing"]
+        tokens = self.engine.choose_tokens(recomputed, forecast)
+        need = forecast.need(self.engine.name, tokens.value if tokens else None, recomputed)
         peak, free = peak_memory_bytes(device), free_memory_bytes(device)
-        estimate = f"{tokens:,} tokens at a time were estimated to need {_size(need)} for their activations"
+        at_once = self.engine.tokens_at_once(self.work)
+        estimate = f"{at_once:,} tokens at a time were estimated to need {_size(need)} in all"
         return f"the run had used up to {_size(peak)}, {_size(free)} are free now, and {estimate}"
 
     def _options(self) -> Iterator[tuple[Config | None, str]]:
@@ -136,4 +136,6 @@ def _wanted(error: BaseException) -> str:
 
 
 def _size(number: float) -> str:
+    if number < 2**20:
+        return f"{number / 2**10:.0f} KiB"
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

@@ -16,7 +16,7 @@ from lora_exp.sweeps.identity import identity_of
 from lora_exp.sweeps.names import LONGEST, safe, trial_name
 from lora_exp.sweeps.plan import SweepPlan
 from lora_exp.sweeps.question import Question
-from lora_exp.sweeps.start import start_sweep
+from lora_exp.sweeps.start import check_trials, start_sweep
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=4)
 configs = st.dictionaries(st.text("abc", min_size=1, max_size=3), values, max_size=6)
@@ -36,7 +36,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 def plan(*overrides: str) -> SweepPlan:
     with Composer() as composer:
-        return start_sweep(composer, ["tracker=none", *overrides])
+        return start_sweep(check_trials(composer, ["tracker=none", *overrides]))
 
 
 def again(*overrides: str) -> SweepPlan:
