@@ -59,8 +59,8 @@ def measure(path: Path, folder: Path, cache_size: int) -> tuple[float, float, fl
     """Check a file in a process of its own.
 
     Returns:
-        Seconds from its start to its end; seconds that processors worked on it; the most MB that it and its children had
-        resident together, by their share of common pages (PSS); the rows.
+        Seconds from its start to its end; seconds that processors worked on it; the most MB that it and its children
+        had resident together, by their share of common pages (PSS); the rows.
     """
     script = folder / "check.py"
     script.write_text(CHECK, encoding="utf-8")
@@ -183,8 +183,8 @@ def write(table: Table, load: float) -> None:
         "# Rows checked",
         "",
         f"{table.title}, from the start of a process to its end; MB/s of plain text; memory of all its processes.",
-        f"{usable_cores()} cores, {platform.system()}, Python {platform.python_version()}; the load of the machine before: "
-        f"{load:.1f} (more than 0 makes the seconds longer, not those of the CPU). "
+        f"{usable_cores()} cores, {platform.system()}, Python {platform.python_version()}. "
+        f"Other work on the machine (load {load:.1f} before) makes the seconds longer, not those of the CPU. "
         "`python -m benchmarks.check_rows --write`",
         "",
         "| " + " | ".join(str(column.header) for column in table.columns) + " |",
