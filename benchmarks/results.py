@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from lora_exp.machine import device_facts
-from lora_exp.run_folder import versions
+from lora_exp.provenance import versions
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from lora_exp.cli import launch_from_hydra, prepare
 from lora_exp.config import CONF_DIR, register_resolvers
-from lora_exp.errors import USER_ERROR_STATUS, UserError, print_user_error
+from lora_exp.errors import USER_ERROR_STATUS, Interrupted, UserError, print_user_error
 from lora_exp.sweeps.failures import failures
 
 register_resolvers()
@@ -33,6 +33,11 @@ def main() -> None:
     except UserError as error:
         print_user_error(error)
         sys.exit(USER_ERROR_STATUS)
+    except Interrupted as asked:
+        print_user_error(asked)
+        sys.exit(asked.status)
+    except KeyboardInterrupt:  # before there is a run
+        sys.exit(130)
 
 
 if __name__ == "__main__":

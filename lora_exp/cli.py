@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.errors import Problem, UserError
 from lora_exp.search.pruning import SearchTrial
-from lora_exp.sweeps.names import key_of
+from lora_exp.sweeps.names import key_of, trial_name
 from lora_exp.sweeps.summary_run import group_of
 from lora_exp.sweeps.supervisor import supervise
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 def prepare(argv: list[str]) -> tuple[list[str], Path | None]:
     """Return the arguments to hand to Hydra, once every job that they mean has been checked, and a multirun's folder.
 
+    With `dry_run=true` the process ends here.
+
     `resume=<folder>` brings the overrides of the run in that folder along, and its `--config-dir`.
 
     Raises:
@@ -31,7 +35,7 @@ def prepare(argv: list[str]) -> tuple[list[str], Path | None]:
     from hydra._internal.utils import get_args_parser
 
     from lora_exp.search.sweeper import register
-    from lora_exp.sweeps.start import start_sweep
+    from lora_exp.sweeps.start import check_trials, start_sweep
 
     arguments, unknown = get_args_parser().parse_known_args(argv)
     if unknown or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
@@ -49,11 +53,18 @@ def prepare(argv: list[str]) -> tuple[list[str], Path | None]:
             composer.compose(overrides, check_values=False)
         elif arguments.multirun:
             register()
-            plan = start_sweep(composer, overrides)
+            trials = check_trials(composer, overrides)
+            if any(config.dry_run for config in trials.configs):
+                _dry_run(composer, trials.configs, trials.jobs, trials.plan.axes)
+            plan = start_sweep(trials)
             overrides, sweep = plan.overrides, plan.folder
             supervise(sweep)
         else:
-            _check_run(composer, overrides)
+            composed = _check_run(composer, overrides)
+            if composed.dry_run:
+                _dry_run(composer, [composed], [overrides], ())
+            # Hydra would write over what the run is made of, in place: a kill in that moment would lose it.
+            overrides += ["hydra.output_subdir=null"] if goes_on(overrides) else []
     return [*flags, *(each for each in argv if each not in arguments.overrides), *overrides], sweep
 
 
@@ -69,16 +80,41 @@ def _without_plus(override: str) -> str:
     return override.removeprefix("+") if override.startswith("+experiment=") else override
 
 
-def _check_run(composer: Composer, overrides: list[str]) -> None:
-    """Compose and check a single run; its folder must be free."""
-    from lora_exp.run_folder import holds_run, taken
+def _check_run(composer: Composer, overrides: list[str]) -> DictConfig:
+    """Compose and check a single run, and return its config; its folder must be free, and able to be written."""
+    from lora_exp.disk import unwritable
+    from lora_exp.run_folder import holds_run, links_out, taken
+    from lora_exp.run_lock import hold
 
     composed = composer.compose(overrides, check_values=True)
+    if composed.dry_run:
+        return composed
     # Said here too, because Hydra writes to the folder before the run itself can look.
-    if composed.resume != composed.output_dir:
-        folder = Path(composed.output_dir)
-        if holds_run(folder):
-            raise UserError("the run cannot start", [taken(folder)])
+    folder = Path(composed.output_dir)
+    problem = unwritable(folder)
+    problems = [problem] if problem is not None else links_out(folder)
+    if problems:
+        raise UserError("the run cannot start", problems)
+    if folder.is_dir():  # a new one is named by the second, and made by Hydra
+        hold(folder)
+    if composed.resume != composed.output_dir and holds_run(folder):
+        raise UserError("the run cannot start", [taken(folder)])
+    return composed
+
+
+def _dry_run(
+    composer: Composer, configs: Sequence[DictConfig], jobs: Sequence[list[str]], axes: tuple[str, ...]
+) -> NoReturn:
+    """Say what the runs would cost, and end the process. Hydra, which would make folders, is not asked."""
+    from lora_exp.dry_run import Job, dry_run
+    from lora_exp.validation import validate
+
+    given = [_given(overrides) for overrides in jobs]
+    asked = [
+        Job(trial_name(overrides, axes), validate(config), {axis: values.get(axis, "") for axis in axes})
+        for config, overrides, values in zip(configs, jobs, given, strict=True)
+    ]
+    sys.exit(dry_run(asked, composer.choices(jobs[0])))
 
 
 def resumed_overrides(overrides: list[str]) -> list[str]:
@@ -99,8 +135,18 @@ def resumed_overrides(overrides: list[str]) -> list[str]:
         raise UserError(
             "the run cannot be resumed", [Problem("resume", what, "name the folder of a run, as in outputs/")]
         )
-    earlier = [str(override) for override in OmegaConf.load(saved)]
-    return [override for override in earlier if key_of(override) not in {*given, "output_dir", "resume"}]
+    text = saved.read_text(encoding="utf-8")
+    if not text.strip():
+        what = f"the run in {folder} was stopped before it had noted what it is"
+        raise UserError("the run cannot be resumed", [Problem("resume", what, "give its command again")])
+    earlier: Any = OmegaConf.to_container(OmegaConf.create(text))  # as typed: `${oc.env:...}` is not resolved
+    return [override for override in map(str, earlier) if key_of(override) not in {*given, "output_dir", "resume"}]
+
+
+def goes_on(overrides: list[str]) -> bool:
+    """Whether a run goes on in its folder."""
+    given = _given(overrides)
+    return given.get("resume", "null") != "null" and not given.keys() & {"output_dir", "hydra.output_subdir"}
 
 
 def _resumed_config_dir(run_folder: str) -> str | None:
@@ -119,6 +165,7 @@ def _given(overrides: list[str]) -> dict[str, str]:
 def launch_from_hydra() -> Any:
     """Read from Hydra where this job runs and what it was composed of."""
     from lora_exp.run import Launch
+    from lora_exp.run_folder import write_whole
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -129,4 +176,6 @@ def launch_from_hydra() -> Any:
         sweep = group_of(Path(hydra_config.sweep.dir))
         trial = SearchTrial.of(hydra_config.sweeper, hydra_config.job.num)
         return Launch(folder, choices, sweep, f"{choices['recipe']}-{choices['model']} {folder.name}", trial)
+    if hydra_config.output_subdir is None and (saved := folder / ".hydra" / "overrides.yaml").is_file():
+        write_whole(saved, OmegaConf.to_yaml(hydra_config.overrides.task))
     return Launch(folder, choices, None, f"{choices['recipe']}-{choices['model']} {'_'.join(folder.parts[-2:])}")

@@ -23,6 +23,7 @@ from lora_exp.config import CONF_DIR
 from lora_exp.errors import Problem, UserError, count
 from lora_exp.library_fields import library_fields, nearest
 from lora_exp.rules import flatten
+from lora_exp.secrets.refusal import hydra_problems
 from lora_exp.sweeps.plan import SweepSettings, parsed_where_possible
 from lora_exp.validation import check, library_class_of, option_keys, options_with
 
@@ -103,10 +104,20 @@ class Composer:
             OmegaConf.to_container(composed.sweep),  # type: ignore[arg-type]
             OmegaConf.to_container(sweeper.get("params") or OmegaConf.create({})),  # type: ignore[arg-type]
             sweeper.get("n_trials"),
+            self._search(sweeper),
             composed.seed,
             folder,
             dated=composed.sweep.name is None and not any(each.startswith("hydra.sweep.dir=") for each in own),
         )
+
+    @staticmethod
+    def _search(sweeper: DictConfig) -> dict[str, Any]:
+        """Return what draws the trials of a search."""
+        if sweeper.get("n_trials") is None:
+            return {}
+        resolved = OmegaConf.to_container(sweeper, resolve=True)
+        assert isinstance(resolved, dict)
+        return {key: resolved[key] for key in ("sampler", "pruner", "storage")}
 
     def _require_drawing_sweeper(self, overrides: list[str], drawn: list[Override]) -> None:
         """Refuse `interval(...)` and the like where the sweeper only takes lists of values."""
@@ -130,10 +141,15 @@ class Composer:
         except COMPOSE_ERRORS as error:
             composed, problems = self._without_misfits(overrides, error)
         if check_values and composed is not None:
-            problems += check(composed)[1]
+            problems += hydra_problems(parsed_where_possible(overrides)) + check(composed)[1]
         if problems or composed is None:
             raise UserError(f"the config has {count(len(problems), 'problem')}", problems)
         return composed
+
+    def choices(self, overrides: list[str]) -> dict[str, str]:
+        """Return the option that is taken from each config group."""
+        composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=True)
+        return {group: option for group, option in composed.hydra.runtime.choices.items() if "/" not in group}
 
     def _compose(self, overrides: list[str]) -> DictConfig:
         composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=False)
@@ -147,7 +163,7 @@ class Composer:
             try:
                 parsed += OverridesParser.create().parse_overrides([override])
             except OverrideParseException as parse_error:
-                what = f"is no override: {str(parse_error).splitlines()[0]}"
+                what = f"is no override: {_grammar(parse_error)}"
                 problems.append(Problem(override, what, "write key=value"))
         try:
             self.defaults = compose(self.config_name, self.extra, return_hydra_config=True)
@@ -272,6 +288,12 @@ def _container(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def _grammar(error: OverrideParseException) -> str:
+    """Return what Hydra's parser says, less the names of all tokens that it would have taken."""
+    line = str(error).splitlines()[0].partition(" expecting {")[0]
+    return line.replace("mismatched input '<EOF>'", "it ends too soon")
+
+
 def _first_line(error: Exception) -> str:
     cause = error.__cause__
     text = str(cause if isinstance(cause, OmegaConfBaseException) else error)
@@ -279,4 +301,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _problem_of(error: Exception) -> Problem:
-    return Problem("conf", " ".join(line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = str(error).partition("\nConfig search path:")[0]
+    return Problem("conf", " ".join(line.strip() for line in text.splitlines() if line.strip()), "")

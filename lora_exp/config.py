@@ -6,12 +6,14 @@ in strict mode (no "512" for 512) that forbid unknown keys.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import OmegaConf
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ByteSize,
     ConfigDict,
@@ -75,6 +77,8 @@ class Section(BaseModel):
     """Keys without effect beside others: no mistake in a run, but none that a sweep may vary."""
     library_class: ClassVar[str | None] = None
     """Who takes unlisted keys (`+trainer.name=value`), if it knows them."""
+    package: ClassVar[tuple[str, str] | None] = None
+    """A module that does the work and is not always installed, and the extra of this package that brings it."""
     set_elsewhere: ClassVar[Mapping[str, str]] = {}
     """Fields of the library class that are not given here, and what is given instead."""
 
@@ -163,6 +167,8 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     chat_template: Literal["auto"] | bool = "auto"
     chat_template_path: str | None = None
+    max_dropped_share: float | None = Field(0.05, ge=0, le=1)
+    max_cut_share: float | None = Field(None, ge=0, le=1)
     on_leak: Literal["warn", "error", "ignore"] = "warn"
     cache_size: Size = ByteSize(20 * 10**9)
 
@@ -190,11 +196,16 @@ class TrainerConfig(Section):
     set_elsewhere = {
         "output_dir": "output_dir=...",
         "seed": "seed=...",
+        "full_determinism": "deterministic=true",
         "report_to": "tracker=...",
         "run_name": "tracker.name=...",
         "resume_from_checkpoint": "resume=<run folder>",
         "disable_tqdm": "nothing: the bar shows on terminals only",
+        "enable_jit_checkpoint": "trainer.grace_seconds=...: a signal has a checkpoint written",
+        "logging_nan_inf_filter": "nothing: a loss that is no number ends the run",
     }
+    own_keys: ClassVar[set[str]] = {"grace_seconds"}
+    """Keys that are ours and no field of TrainingArguments."""
     per_device_train_batch_size: int = Field(gt=0)
     per_device_eval_batch_size: int = Field(gt=0)
     gradient_accumulation_steps: int = Field(gt=0)
@@ -221,6 +232,8 @@ class TrainerConfig(Section):
     load_best_model_at_end: bool
     metric_for_best_model: str | None
     greater_is_better: bool | None
+    auto_find_batch_size: bool = False
+    grace_seconds: float = Field(25, gt=0)
 
     rules = (
         Rule(
@@ -343,10 +356,16 @@ class StoreConfig(Section):
         return value
 
 
+def _folder_name(name: str) -> str:
+    if len(name) > 100 or not re.fullmatch(r"\w[\w.,=+-]*", name):
+        raise ValueError("a name for a folder: letters, digits and _ . , = + -, at most 100")
+    return name
+
+
 class SweepConfig(Section):
     """What holds for a multirun as a whole."""
 
-    name: str | None = Field(min_length=1, max_length=100, pattern=r"^\w[\w.,=+-]*$")
+    name: Annotated[str, AfterValidator(_folder_name)] | None = Field(min_length=1)
     axes: list[str]
     variant: str | None
     seeds: int | None = Field(gt=0)
@@ -373,10 +392,12 @@ class Config(Section):
     sweep: SweepConfig
     samples: SamplesConfig
     seed: int = Field(ge=0)
+    deterministic: bool = False
     objective: str | Annotated[list[str], Field(min_length=1)] | None
     direction: Way | list[Way] | None
     output_dir: str
     resume: str | None
+    dry_run: bool = False
 
     rules = (
         Rule(

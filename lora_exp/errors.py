@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lora_exp.secrets.masking import safe
+
 USER_ERROR_STATUS = 2
 """Exit status of a run that the user can mend; a bug exits with 1."""
 
@@ -54,10 +56,29 @@ class Pruned(Exception):  # noqa: N818 - no error: a trial of a search ends earl
     """
 
 
-def print_user_error(error: UserError) -> None:
-    """Write the error to stderr, plain, so that `file:line: reason` stays whole at any terminal width."""
+class Interrupted(BaseException):  # no Exception: whoever spares the run from errors must let it leave
+    """Raised in a run that was asked to leave by a signal.
+
+    Args:
+        what: By which one, and where the run was.
+        mend: The command that goes on.
+        status: The exit status.
+    """
+
+    def __init__(self, what: str, mend: str, status: int) -> None:
+        self.what = what
+        self.mend = mend
+        self.status = status
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        return f"{self.what}\n    {self.mend}"
+
+
+def print_user_error(error: UserError | Interrupted) -> None:
+    """Write the error to stderr, plain and safe, so that `file:line: reason` stays whole at any terminal width."""
     sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    print(safe(f"error: {error}"), file=sys.stderr)  # noqa: T201
 
 
 def count(number: int, noun: str, plural: str = "") -> str:

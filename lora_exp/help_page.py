@@ -41,13 +41,14 @@ def help_page(conf: Path) -> str:
     order = ["recipe", "model", "quant", "lora", "data", "trainer", "engine", "tracker", "experiment"]
     groups.sort(key=lambda folder: order.index(folder.name) if folder.name in order else len(order))
     choices = "\n".join(_group(folder) for folder in groups)
-    return (
+    text = (
         "LoRA fine-tuning, composed: python -m lora_exp [group=option ...] [key=value ...]\n\n"
         f"Groups and their options:\n{choices}\n"
         f"Examples:\n{EXAMPLES}\nKeys, and where each is documented (conf lies in {conf}):\n{KEYS}\n"
         f"Flags:\n{FLAGS}\n"
         "A field that is not listed is added with a plus (+trainer.adam_beta2=0.98); null and false unset things.\n"
     )
+    return text.replace("$", "$$")  # Hydra substitutes in it
 
 
 def _group(folder: Path) -> str:

@@ -9,10 +9,15 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_exp.errors import count
+from lora_exp.errors import Problem, UserError, count
+
+KERNELS = 384
+"""Compiled products that are kept. The layers of a model repeat those of a micro-batch, which must all find room: up to
+310 where its 1,024 tokens are rows of as many lengths as possible."""
 
 PROC = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
@@ -53,9 +58,14 @@ def free_memory_bytes(device: Any) -> int:
 
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available)
+    available = [int(psutil.virtual_memory().available)]
     limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
-    return available if limit is None or used is None else min(available, limit - used)
+    if limit is not None and used is not None:
+        available.append(limit - used + _cgroup_file_cache())
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+    if space != resource.RLIM_INFINITY:
+        available.append(space - psutil.Process().memory_info().vms)
+    return max(0, min(available))
 
 
 def _cgroup_bytes(name: str) -> int | None:
@@ -65,6 +75,15 @@ def _cgroup_bytes(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def _cgroup_file_cache() -> int:
+    """Return what files that were read take of this process's control group: the system gives it back when asked."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
 
 
 def usable_cores() -> int:
@@ -106,6 +125,16 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(-3, 2**30)) and bool(mallopt(-1, -1))
 
 
+def bound_kernel_caches() -> None:
+    """Keep fewer compiled products of a processor, before torch computes its first; a value that is set stays.
+
+    oneDNN compiles a product in half precision anew for each shape that it meets and keeps 1,024 of them, torch as many
+    beside it, about 1 MiB each: rows of many lengths would fill 1 GiB and more.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
+
+
 def return_freed_memory() -> None:
     """Give what malloc keeps back to the system."""
     import ctypes
@@ -114,6 +143,17 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
         return  # no glibc: it was not kept
+
+
+def release_memory() -> None:
+    """Give back all that nothing refers to any more, of the process and of the device."""
+    gc.collect()
+    return_freed_memory()
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def device_facts(device: Any) -> dict[str, Any]:
@@ -132,16 +172,66 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
+def ask_for_determinism(seed: int) -> str:
+    """Have torch use algorithms that give the same bits each time, until the end of the job, and return what to say."""
+    from transformers import enable_full_determinism
+
+    enable_full_determinism(seed)
+    return "the same at every repetition on this machine: deterministic=true"
+
+
+@contextmanager
+def told_if_nondeterministic() -> Iterator[None]:
+    """Turn torch's refusal of an operation that has no deterministic algorithm into an error with its mend."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "torch.use_deterministic_algorithms" not in str(error):
+            raise
+        problem = Problem(
+            "deterministic", str(error).partition(",")[0], "engine=padded may do without, or deterministic=false"
+        )
+        raise UserError("torch cannot compute this run deterministically", [problem]) from error
+
+
+@dataclass(frozen=True)
+class _Determinism:
+    """torch's own switches; read in torch 2.13 and transformers 5.23, `trainer_utils.enable_full_determinism`."""
+
+    algorithms: bool = False
+    warn_only: bool = False
+    cudnn: bool = False
+    benchmark: bool = False
+
+    @classmethod
+    def now(cls) -> _Determinism:
+        if "torch" not in sys.modules:
+            return cls()
+        import torch
+
+        warn_only, cudnn = torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn
+        return cls(torch.are_deterministic_algorithms_enabled(), warn_only, cudnn.deterministic, cudnn.benchmark)
+
+    def restore(self) -> None:
+        if self == _Determinism.now():
+            return
+        import torch
+
+        torch.use_deterministic_algorithms(self.algorithms, warn_only=self.warn_only)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = self.cudnn, self.benchmark
+
+
 @contextmanager
 def isolated_job() -> Iterator[None]:
     """Leave nothing of a job behind for the next one of the process: environment, library state, memory."""
-    environment = dict(os.environ)
+    environment, determinism = dict(os.environ), _Determinism.now()
     try:
         yield
     finally:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
+        determinism.restore()
         if "accelerate" in sys.modules:
             # accelerate keeps precision and device in process-wide singletons that the next Trainer would
             # inherit; read in accelerate 1.15, `accelerate/state.py`.
@@ -149,10 +239,4 @@ def isolated_job() -> Iterator[None]:
 
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
-        gc.collect()
-        return_freed_memory()
-        if "torch" in sys.modules:
-            import torch
-
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        release_memory()

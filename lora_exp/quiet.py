@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import logging
 import os
 import warnings
+from contextlib import redirect_stdout
 
 UNUSABLE_WARNINGS = (
     r".*MatMul8bitLt: inputs will be cast.*",  # bitsandbytes: how its 8-bit product works
     r".*'pin_memory' argument is set as true but no accelerator.*",  # torch: a default of its DataLoader
     r".*`use_cache=True` is incompatible with gradient checkpointing.*",  # transformers turns it off itself
-    r".*`(is_)?gradient_checkpointing` is deprecated.*",  # transformers 5.23: TRL 1.16 uses the old name
+    r".*`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated.*",  # transformers 5.23; TRL 1.16 uses it
     r".*_check_is_size will be removed in a future PyTorch release.*",  # bitsandbytes calling torch
 )
 CHATTY_LOGGERS = ("bitsandbytes", "accelerate", "datasets", "httpx", "torch.distributed", "peft")
@@ -26,3 +29,9 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def import_quietly(module: str) -> None:
+    """Import a library module that prints lines as it is imported."""
+    with redirect_stdout(io.StringIO()):
+        importlib.import_module(module)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,28 +17,40 @@ from lora_exp.data.load import load_splits
 from lora_exp.data.split import Split
 from lora_exp.data.template import use_template
 from lora_exp.data.tokenize import TokenizedData, tokenize_splits
+from lora_exp.disk import room_for_files, writing
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned
 from lora_exp.machine import (
+    ask_for_determinism,
+    bound_kernel_caches,
     device_facts,
     isolated_job,
     keep_freed_memory,
     peak_memory_bytes,
+    release_memory,
     reset_peak_memory,
+    return_freed_memory,
+    told_if_nondeterministic,
     use_threads,
 )
 from lora_exp.models.source import adapter_dir, model_files
+from lora_exp.provenance import adapter_facts, data_facts
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
 from lora_exp.reports import console
+from lora_exp.reports.header import header_lines
 from lora_exp.reports.page import write_page
 from lora_exp.rules import flatten
 from lora_exp.run_folder import RunFolder, read_jsonl
+from lora_exp.run_lock import only_run
+from lora_exp.secrets.masking import masked_config
 from lora_exp.sweeps.earlier import earlier_trial
 from lora_exp.sweeps.identity import identity_of
 from lora_exp.sweeps.trials import directions_of
 from lora_exp.tracking.base import Ending, Guarded, RunInfo
-from lora_exp.training.checkpoints import checkpoint_to_resume
+from lora_exp.training.checkpoints import Found, checkpoint_to_resume, newest_checkpoint, settle
+from lora_exp.training.interrupt import Interrupts
+from lora_exp.training.memory import MemoryGuard, OutOfMemory
 from lora_exp.validation import validate
 
 if TYPE_CHECKING:
@@ -58,6 +71,7 @@ class Launch:
         sweep: The name of the multirun that it is a job of.
         name: What it is called at a tracker.
         trial: Which trial of a search it is.
+        before_training: Told what `run.json` says, once all that the run is made of is loaded; may raise.
     """
 
     folder: Path
@@ -65,6 +79,7 @@ class Launch:
     sweep: str | None = None
     name: str = ""
     trial: SearchTrial | None = None
+    before_training: Callable[[Mapping[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,36 +113,90 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
     """
     config = validate(composed)
     composed.output_dir = str(launch.folder)
-    resolved: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
-    identity = identity_of(resolved)
-    before = earlier_trial(launch.folder, identity) if launch.sweep else None
-    # What a search has pruned a grid runs to its end.
-    if before is not None and (before.status == "finished" or (before.status == "pruned" and launch.trial)):
-        console.say(before.status, f"{launch.folder} holds this trial already")
-        return _returned(before.objectives)
-    # Looked up before the folder is claimed: a wrong folder name must not mark a finished run as failed.
-    checkpoint = before.checkpoint if before else checkpoint_to_resume(config.resume, resolved)
-    start = adapter_dir(config.model)
-    folder = RunFolder(launch.folder)
-    info = RunInfo(folder.path, resolved, launch.name, launch.sweep, config.recipe.name, _axes(resolved, launch))
-    goes_on = config.resume is not None and Path(config.resume).resolve() == folder.path.resolve()
-    resumed = goes_on or before is not None
-    try:
-        facts = {"identity": identity, **_facts(config, launch)}
-        with isolated_job(), folder.open(OmegaConf.to_yaml(composed, resolve=True), resumed, **facts):
-            objectives = _run(config, folder, launch, info, checkpoint, start)
-    except Pruned as reason:
-        write_page(folder.path)
-        console.say("pruned", str(reason))
-        return None
-    except Exception:
-        if (folder.path / "metrics.jsonl").exists():
+    written = masked_config(composed)
+    resolved: dict[str, Any] = OmegaConf.to_container(written)  # type: ignore[assignment]
+    with only_run(launch.folder):
+        identity = identity_of(resolved)
+        before = earlier_trial(launch.folder, identity) if launch.sweep else None
+        # What a search has pruned a grid runs to its end.
+        if before is not None and (before.status == "finished" or (before.status == "pruned" and launch.trial)):
+            console.say(before.status, f"{launch.folder} holds this trial already")
+            return _returned(before.objectives)
+        goes_on = before is not None or _same(config.resume, launch.folder)
+        # Looked up before the folder is claimed: a wrong folder name must not mark a finished run as failed.
+        resume = str(launch.folder) if before else config.resume
+        found = checkpoint_to_resume(resume, resolved, goes_on)
+        start = adapter_dir(config.model)
+        axes = _axes(resolved, launch)
+        folder = RunFolder(launch.folder)
+        info = RunInfo(folder.path, resolved, launch.name, launch.sweep, config.recipe.name, axes, goes_on)
+        command = "the same command" if launch.sweep else f"python -m lora_exp resume={launch.folder}"
+        try:
+            facts = {"identity": identity, **_facts(config, launch)}
+            with (
+                folder.open(OmegaConf.to_yaml(written), goes_on, **facts),
+                told_if_nondeterministic(),
+                Interrupts(folder, config.trainer.grace_seconds, command, found.checkpoint) as interrupts,
+            ):
+                settle(folder, found)
+                objectives = _run_within_memory(config, Attempt(folder, launch, info, found, start, interrupts))
+        except Pruned as reason:
             write_page(folder.path)
-        raise
-    finally:
-        _check_base()
+            console.say("pruned", str(reason))
+            return None
+        except Exception:
+            if folder.facts and (folder.path / "metrics.jsonl").exists():
+                with suppress(OSError):  # a disk that is full; the error itself goes on
+                    write_page(folder.path)
+            raise
+        finally:
+            _check_base()
     show_result(folder.path, table=launch.sweep is None)
     return _returned(objectives)
+
+
+def _same(resume: str | None, folder: Path) -> bool:
+    return resume is not None and Path(resume).resolve() == folder.resolve()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What stays the same where a run is tried again with less at a time, but for the checkpoint.
+
+    Args:
+        folder: The run's.
+        launch: How it was started.
+        info: What the tracker is told.
+        found: Where it goes on from.
+        start: The adapter to go on from; None for a new one.
+        interrupts: Who may ask it to leave.
+    """
+
+    folder: RunFolder
+    launch: Launch
+    info: RunInfo
+    found: Found
+    start: Path | None
+    interrupts: Interrupts
+
+
+def _run_within_memory(config: Config, attempt: Attempt) -> list[float] | None:
+    """Run, and where memory runs out and `trainer.auto_find_batch_size` allows it, go on with less at a time."""
+    while True:
+        for line in attempt.found.say():
+            console.note(line)
+        try:
+            with isolated_job():
+                return _run(config, attempt)
+        except OutOfMemory as error:
+            if not config.trainer.auto_find_batch_size or error.smaller is None:
+                raise
+            config, change = error.smaller, error.change
+        release_memory()  # now that the error is gone, whose frames held the tensors
+        found = newest_checkpoint(attempt.folder.checkpoints)
+        where = found.checkpoint.name if found.checkpoint else "the first step"
+        console.note(f"memory ran out; again from {where} with {change}")
+        attempt = replace(attempt, found=found, info=replace(attempt.info, goes_on=True))
 
 
 def _returned(objectives: list[float] | None) -> float | list[float] | None:
@@ -149,39 +218,57 @@ def _check_base() -> None:
         console.note("this run changed the base weights; the next job of this process loads them afresh")
 
 
-def _run(
-    config: Config, folder: RunFolder, launch: Launch, info: RunInfo, checkpoint: Path | None, start: Path | None
-) -> list[float] | None:
+def _run(config: Config, attempt: Attempt) -> list[float] | None:
+    memory = MemoryGuard(config, attempt.folder)
+    with memory.told(), room_for_files(attempt.folder.path):
+        return _guarded_run(config, attempt, memory)
+
+
+def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[float] | None:
+    folder, launch = attempt.folder, attempt.launch
     quiet_libraries()
-    console.header(_header(config, launch))
+    trial = launch.folder.name if launch.sweep else None
+    console.header(header_lines(config, launch.choices, [("folder", str(launch.folder))], trial))
     if _keeps_reference(config, config.engine):
         _store(config).close()  # a place that cannot be written is told before anything is loaded
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
+        folder.note(data=data_facts(splits), start_adapter=adapter_facts(attempt.start))
     keep_freed_memory()
+    bound_kernel_caches()
     console.say("machine", use_threads(config.engine.num_threads))
+    if config.deterministic:
+        console.say("bits", ask_for_determinism(config.seed))
     reset_peak_memory()
-    prepared = prepare_training(config, folder, splits, start)
+    prepared = prepare_training(config, folder, splits, attempt.start)
+    memory.engine, memory.work = prepared.engine, prepared.work
     policy = prepared.policy
     folder.note(
         device=device_facts(policy.device),
+        base=policy.base,
         trainable_parameters=policy.trainable_parameters,
         target_modules=policy.target_modules,
         engine=prepared.engine.name,
         reference={"model": policy.reference if config.recipe.needs_reference else None, "computed": 0, "reused": 0},
     )
 
-    tracker = Guarded.start(config.tracker, info)
+    if attempt.launch.before_training is not None:
+        attempt.launch.before_training(folder.facts)
+    tracker = Guarded.start(config.tracker, replace(attempt.info, logged=attempt.found.lines))
     failed_to_start = tracker.failure
     console.say("tracker", failed_to_start or tracker.where or "none")
     ending: Ending = "failed"
     try:
+        from lora_exp.training.loop import leave_on_signal, report_to
+
         trainer = build_trainer(config, folder, prepared, tracker)
         if launch.trial is not None:
-            from lora_exp.training.loop import report_to
-
             report_to(launch.trial, trainer, config.objectives[0])
-        final = _train(config, folder, prepared, trainer, checkpoint)
+        leave_on_signal(attempt.interrupts, trainer)
+        final = _train(config, attempt, prepared, trainer)
+        from lora_exp.preflight.duration import keep_measured_speed
+
+        keep_measured_speed(config, prepared, trainer, final, folder.wall_times)
         found = _objectives(config, final)
         objective = next(iter(found.values()), None)
         peak = peak_memory_bytes(policy.device)
@@ -208,6 +295,7 @@ def _facts(config: Config, launch: Launch) -> dict[str, Any]:
         "objective_name": config.objectives[0],
         "direction": directions_of(config.objectives, config.direction)[0],
         "headline": config.recipe.headline,
+        "trust_remote_code": config.model.trust_remote_code,
         "choices": dict(launch.choices),
     }
 
@@ -221,14 +309,19 @@ def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split]
         splits: The rows.
         start: The adapter to go on from; None for a new one.
     """
+    from lora_exp.preflight.fit import require_fit
+    from lora_exp.preflight.place import memory_of_this_process
     from lora_exp.training.loop import choose_engine
 
     with model_files(config.model) as files:
         with folder.stage("data"):
             data = tokenize(config, folder, splits, files)
         with folder.stage("model"):
+            memory, way = memory_of_this_process(config, data.reports, files, start)
+            folder.note(estimated_memory_bytes=memory.estimate(way).total)
+            require_fit(memory, way)
             policy = _load(config, files, start, folder)
-            engine, work = choose_engine(config, folder, policy, data)
+            engine, work = choose_engine(config, folder, policy, data, memory)
             identity = _reference_identity(config, engine, policy, files)
     return Prepared(data, policy, engine, work, identity)
 
@@ -244,31 +337,10 @@ def build_trainer(config: Config, folder: RunFolder, prepared: Prepared, tracker
     return trainer
 
 
-def _header(config: Config, launch: Launch) -> list[tuple[str, str]]:
-    chosen = launch.choices
-    trial = [("trial", launch.folder.name)] if launch.sweep else []
-    model = config.model.pretrained_model_name_or_path
-    adapter = f", going on from {config.model.adapter}" if config.model.adapter else ""
-    lora = config.lora
-    return [
-        *trial,
-        (
-            "recipe",
-            f"{config.recipe.name}, max_length {config.recipe.max_length}, prompts {config.recipe.max_prompt_length}",
-        ),
-        ("model", f"{chosen.get('model', '')} ({model}){adapter}".strip()),
-        ("quant", chosen.get("quant", "") or config.quant.target or "none"),
-        (
-            "lora",
-            f"{chosen.get('lora', '')} r={lora.r} alpha={lora.lora_alpha:g} dropout={lora.lora_dropout:g}".strip(),
-        ),
-        ("folder", str(launch.folder)),
-    ]
-
-
 def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files: str) -> TokenizedData:
     """Turn the rows into the token ids that the run trains on; say and write down what was cut or dropped."""
     from lora_exp.models.policy import load_tokenizer
+    from lora_exp.preflight.losses import require_rows_kept
 
     tokenizer = load_tokenizer(config.model, files)
     use_template(tokenizer, config.data.chat_template_path)
@@ -281,6 +353,7 @@ def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files:
     for line in [str(finding) for split in splits.values() for finding in split.findings] + cache.failures:
         console.note(line)
     data.require_rows()
+    require_rows_kept(config.data, recipe.limits, data.reports)
     return data
 
 
@@ -288,6 +361,7 @@ def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> 
     from lora_exp.models.policy import load_policy
 
     policy = load_policy(config, files, start, folder.checkpoints)
+    return_freed_memory()  # what reading the files left behind, in parts of the heap that training would not use again
     console.say("precision", f"{policy.precision.dtype}: {policy.precision.reason}")
     share = policy.trainable_parameters / policy.total_parameters
     console.say(
@@ -329,27 +403,26 @@ def _store(config: Config) -> ReferenceStore:
     return ReferenceStore(path, config.store.max_size)
 
 
-def _train(
-    config: Config, folder: RunFolder, prepared: Prepared, trainer: Any, checkpoint: Path | None
-) -> dict[str, float]:
+def _train(config: Config, attempt: Attempt, prepared: Prepared, trainer: Any) -> dict[str, float]:
     """Train, evaluate and save; return the final numbers."""
     from lora_exp.models.policy import save_adapter
     from lora_exp.training.loop import evaluate, train
     from lora_exp.training.samples import answer, fixed_prompts, length_metrics
 
-    data, policy = prepared.data, prepared.policy
+    data, policy, folder = prepared.data, prepared.policy, attempt.folder
     prompts = fixed_prompts(data, config.recipe.row_kind.answers[0], config.samples.num_prompts)
     length = config.samples.max_new_tokens
     with folder.stage("evaluate"):
         before = answer(policy.model, data.tokenizer, prompts, length)
-    with folder.stage("train"):
-        final = train(trainer, checkpoint)
+    with folder.stage("train"), attempt.interrupts.between_steps():
+        final = train(trainer, attempt.found.checkpoint)
     with folder.stage("evaluate"):
         final |= evaluate(trainer, "val" in data.datasets)
         after = answer(policy.model, data.tokenizer, prompts, length)
         final |= length_metrics(after)
     with folder.stage("save"):
-        save_adapter(policy, data.tokenizer, folder.adapter)
+        with writing("the adapter", folder.adapter, folder.path):
+            save_adapter(policy, data.tokenizer, folder.adapter)
         folder.write_json("metrics.json", final)
         answers = zip(prompts, before, after, strict=True)
         folder.write_jsonl(

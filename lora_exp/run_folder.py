@@ -5,40 +5,41 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_exp.errors import Problem, Pruned, UserError
+from lora_exp.disk import writing
+from lora_exp.errors import Interrupted, Problem, Pruned, UserError
+from lora_exp.provenance import git_state, versions
+from lora_exp.secrets.masking import masked
 
 Status = Literal["running", "finished", "failed", "pruned"]
-PACKAGES = (
-    "lora_exp",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "bitsandbytes",
-    "datasets",
-    "accelerate",
-    "hydra-core",
-)
+
+UNFINISHED = ".unfinished"
+"""How the name of a file ends that is being written, hidden beside its place."""
+
+RESERVE = ".reserve"
+RESERVED_BYTES = 1 << 16
+"""Kept while a run is at work, so that a disk that it fills has room for its last words."""
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader, or a kill at any moment, sees the old text or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{UNFINISHED}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:
@@ -62,34 +63,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_state() -> dict[str, Any] | None:
-    """Return the commit of the working folder's repository and whether files differ from it."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)  # noqa: S603
-        changes = subprocess.run(
-            ["git", "status", "--porcelain"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=5,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
-
-
 class RunFolder:
     """One run's folder and its `run.json`.
 
@@ -101,6 +74,8 @@ class RunFolder:
         self.path = path
         self.facts: dict[str, Any] = {}
         self.wall_times: dict[str, float] = {}
+        self.current_stage = ""
+        self._noting = threading.RLock()
 
     @property
     def checkpoints(self) -> Path:
@@ -125,7 +100,9 @@ class RunFolder:
             UserError: If the folder holds another run, or cannot be written.
         """
         self._claim(resumed)
-        write_whole(self.path / "config.yaml", config)
+        self._write("config.yaml", config)
+        with writing("the run folder", self.path, self.path):
+            (self.path / RESERVE).write_bytes(os.urandom(RESERVED_BYTES))
         self.note(
             status="running",
             **facts,
@@ -140,30 +117,48 @@ class RunFolder:
         except Pruned as reason:
             self.note(status="pruned", pruned=str(reason), ended=_now())
             raise
-        except BaseException as error:
-            self.note(status="failed", error=f"{type(error).__name__}: {error}", ended=_now())
+        except Interrupted as error:
+            self.end_as_failed(f"{error.what}; {error.mend}")
             raise
+        except BaseException as error:
+            self.end_as_failed(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            (self.path / RESERVE).unlink(missing_ok=True)
         self.note(status="finished", ended=_now())
 
     def note(self, **facts: Any) -> None:
         """Put facts into `run.json`."""
-        self.facts |= facts
-        self.write_json("run.json", {**self.facts, "wall_times": self.wall_times})
+        with self._noting:
+            self.facts |= facts
+            self.write_json("run.json", {**self.facts, "wall_times": self.wall_times})
+
+    def end_as_failed(self, error: str) -> None:
+        """Put into `run.json` why the run ends, also on a disk that it has filled."""
+        with suppress(OSError):
+            (self.path / RESERVE).unlink(missing_ok=True)
+        with suppress(UserError, OSError):  # the error itself is on its way, and must not be lost over this
+            self.note(status="failed", error=error, ended=_now())
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file of the folder."""
-        write_whole(self.path / name, to_json(value) + "\n")
+        """Write a JSON file of the folder, secrets masked."""
+        self._write(name, to_json(masked(value)) + "\n")
 
     def write_jsonl(self, name: str, rows: list[Any]) -> None:
-        """Write a JSON Lines file of the folder."""
-        write_whole(self.path / name, "".join(to_json(row, indent=None) + "\n" for row in rows))
+        """Write a JSON Lines file of the folder, secrets masked."""
+        self._write(name, "".join(to_json(row, indent=None) + "\n" for row in masked(rows)))
+
+    def _write(self, name: str, text: str) -> None:
+        with writing(name, self.path / name, self.path):
+            write_whole(self.path / name, text)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a part of the run into `wall_times`."""
-        start = time.perf_counter()
+        """Time a part of the run into `wall_times`; where it raises, it stays the current one."""
+        start, before, self.current_stage = time.perf_counter(), self.current_stage, name
         try:
             yield
+            self.current_stage = before
         finally:
             self.wall_times[name] = round(self.wall_times.get(name, 0.0) + time.perf_counter() - start, 3)
 
@@ -171,9 +166,12 @@ class RunFolder:
         run_json = self.path / "run.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if problems := links_out(self.path):
+                raise UserError("the run cannot start", problems)
             if not resumed and run_json.exists() and not holds_run(self.path):
                 run_json.unlink()
-            with run_json.open("r" if resumed else "x"):
+            started = run_json.exists() or not (self.path / ".hydra").is_dir()
+            with run_json.open("r" if resumed and started else "x"):
                 pass
         except FileExistsError:
             if not self.path.is_dir():
@@ -196,6 +194,20 @@ def holds_run(path: Path) -> bool:
         return bool(json.loads(run_json.read_text(encoding="utf-8")).get("status") != "failed")
     except json.JSONDecodeError:
         return True
+
+
+OWN_FOLDERS = (".hydra", "adapter", "checkpoints")
+"""Folders in which the run writes; a tracker's own may hold links to its caches."""
+
+
+def links_out(path: Path) -> list[Problem]:
+    """Return a problem for each link in a run folder that leads out of it: what the run writes would go elsewhere."""
+    found = [*path.glob("*"), *(inner for name in OWN_FOLDERS for inner in (path / name).rglob("*"))]
+    return [
+        Problem(str(link), f"is a link that leads out of the run folder, to {link.resolve()}", "remove it first")
+        for link in found
+        if link.is_symlink() and not link.resolve().is_relative_to(path.resolve())
+    ]
 
 
 def taken(path: Path) -> Problem:

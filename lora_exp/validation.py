@@ -6,6 +6,7 @@ Imports nothing heavy: every config error answers before torch is loaded.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lora_exp.config import CONF_DIR, MISSING, Config, Section
 from lora_exp.errors import Problem, UserError, count
 from lora_exp.library_fields import library_fields, nearest
 from lora_exp.rules import Rule, broken_rules, flatten
+from lora_exp.secrets.refusal import secret_problems
 
 
 def validate(composed: DictConfig) -> Config:
@@ -37,11 +39,13 @@ def check(composed: DictConfig) -> tuple[Config | None, list[Problem]]:
     assert isinstance(raw, dict)
     values = flatten({str(key): value for key, value in raw.items()})
     missing = [key for key, value in values.items() if value == MISSING]
-    problems = [Problem(key, "has no default and was not given", f"add {key}=...") for key in missing]
+    problems = secret_problems(OmegaConf.to_container(composed))  # type: ignore[arg-type]
+    secret = [problem.where for problem in problems]  # nothing else is said of them, which might repeat a value
+    problems += [Problem(key, "has no default and was not given", f"add {key}=...") for key in missing]
 
     sections: dict[str, Any] = {}
     rules: list[Rule] = list(Config.rules)
-    invalid = set(missing)
+    invalid = {*missing, *secret}
     section_types = {name: field.annotation for name, field in Config.model_fields.items()}
     for name in ("recipe", "engine", "tracker"):
         section_types[name] = _named_class(raw.get(name), name, problems)
@@ -49,6 +53,7 @@ def check(composed: DictConfig) -> tuple[Config | None, list[Problem]]:
         if not (isinstance(section_type, type) and issubclass(section_type, Section)):
             continue
         rules += section_type.rules
+        problems += _missing_package(name, section_type)
         try:
             sections[name] = section_type.model_validate(raw.get(name))
         except ValidationError as error:
@@ -73,6 +78,17 @@ def check(composed: DictConfig) -> tuple[Config | None, list[Problem]]:
     problems += broken_rules(rules, values, invalid)
     problems += _unknown_objective(raw.get("objective"), sections.get("recipe"))
     return (None if problems else config), problems
+
+
+def _missing_package(group: str, section: type[Section]) -> list[Problem]:
+    """Check that what does a section's work is installed; nothing is imported."""
+    if section.package is None:
+        return []
+    module, extra = section.package
+    found = importlib.util.find_spec(module)
+    if found is not None and found.origin is not None:  # without one it is a folder that has the same name
+        return []
+    return [Problem(group, f"the package {module} is not installed", f"pip install 'lora_exp[{extra}]'")]
 
 
 def _without_echoes(problems: list[Problem], composed: DictConfig) -> list[Problem]:

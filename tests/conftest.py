@@ -21,6 +21,8 @@ _hub_cache = tempfile.TemporaryDirectory(prefix="lora_exp-tests-")
 # Read by huggingface_hub and datasets when they are first imported, so it stands before everything else.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = _hub_cache.name
+# Commands that tests start in other folders run this tree, whichever one is installed.
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
 from lora_exp.compose import Composer  # noqa: E402
 from lora_exp.config import register_resolvers  # noqa: E402

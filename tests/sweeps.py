@@ -87,7 +87,8 @@ def make_sweep(folder: Path, seeds: int = 3) -> Path:
         for rank in (4, 16):
             for seed in range(1, seeds + 1):
                 settings = {"recipe.beta": beta, "lora.r": rank}
-                make_trial(folder / str(number), settings, 0.5 + beta / 2 + rank / 200 + seed / 300, seed=seed)
+                objective = 0.5 + beta / 2 + rank / 200 + seed / 300 + seed * rank / 9000
+                make_trial(folder / str(number), settings, objective, seed=seed)
                 number += 1
     make_trial(
         folder / str(number), {"recipe.beta": 3.0, "lora.r": 4}, error="OutOfMemoryError: tried to allocate\n2 GiB"

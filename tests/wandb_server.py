@@ -190,6 +190,26 @@ def _upsert_bucket(server: WandbServer, told: Mapping[str, Any]) -> dict[str, An
     return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
 
+def _run_resume_status(server: WandbServer, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer what the server has of a run that is to go on; no bucket where it knows none of that name."""
+    run = server.runs.get(told["name"])
+    bucket = run and {
+        "name": run.id,
+        "displayName": run.fields["displayName"],
+        "summaryMetrics": json.dumps(run.summary),
+        "historyLineCount": len(run.history),
+        "historyTail": json.dumps([json.dumps(row) for _, row in sorted(run.history.items())][-1:]),
+        "eventsLineCount": 0,
+        "eventsTail": "[]",
+        "logLineCount": 0,
+        "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),
+        "tags": run.fields.get("tags") or [],
+        "notes": None,
+        "wandbConfig": json.dumps({"t": 1}),
+    }
+    return {"model": {"name": told["project"], "entity": {"name": ENTITY}, "bucket": bucket}}
+
+
 def _create_run_files(server: WandbServer, told: Mapping[str, Any]) -> dict[str, Any]:
     files = [{"name": name, "uploadUrl": f"{server.url}/upload/run/{told['run']}/{name}"} for name in told["files"]]
     return {"createRunFiles": {"runID": told["run"], "uploadHeaders": [], "files": files}}
@@ -252,6 +272,7 @@ _OPERATIONS: dict[str, _Operation] = {
     "UpdateArtifactManifest": _artifact_manifest,
     "CommitArtifact": _commit_artifact,
     "UpsertBucket": _upsert_bucket,
+    "RunResumeStatus": _run_resume_status,
     "CreateRunFiles": _create_run_files,
     "OrganizationCoreWeaveOrganizationID": lambda *_: {"entity": {"organization": None}},
     "Viewer": _viewer,

@@ -22,7 +22,7 @@ from typing import Any
 from xxhash import xxh3_128
 
 from lora_exp.models.source import cache_dir
-from lora_exp.run_folder import versions
+from lora_exp.provenance import versions
 
 FACTS = "entry.json"
 ALSO = ("jinja2", "pyarrow", "pydantic", "tokenizers")

@@ -45,7 +45,7 @@ def _from_files(config: DataConfig, kind: RowKind) -> dict[str, Split]:
     read = read_files(list(found.values()), kind, data_cache(config.cache_size))
     findings = _findings([file.looked for file in read], config)
     return {
-        split: Split(file.rows, _source(file.path, config.splits_dir), file.format, findings)
+        split: Split(file.rows, _source(file.path, config.splits_dir), file.format, findings, (file.path,))
         for split, file, findings in zip(found, read, findings, strict=True)
     }
 

@@ -9,6 +9,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.data.cache import Cache, Entry, key_of
+from lora_exp.data.lengths import RowLengths
 from lora_exp.data.rows import digest_of
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def _read(entry: Entry, key: str, split: Split) -> Tokens:
         table = pyarrow.ipc.open_file(file).read_all()
     facts = entry.facts["report"]
     names = {"source": split.source, "format": split.format}
-    report = SplitReport(**{**facts, **names, "dropped": Counter(facts["dropped"])})
+    counted = {"dropped": Counter(facts["dropped"]), "lengths": RowLengths(**facts["lengths"])}
+    report = SplitReport(**{**facts, **names, **counted})
     # Its own fingerprint would be a digest of all ids.
     return datasets.Dataset(table, fingerprint=key.rpartition("-")[2]), report
 
@@ -89,4 +91,4 @@ def _write(cache: Cache, key: str, dataset: Dataset, report: SplitReport) -> Non
             pyarrow.ipc.new_file(file, table.schema) as stream,
         ):
             stream.write_table(table)
-        cache.keep(folder, key, {"report": vars(report)})
+        cache.keep(folder, key, {"report": {**vars(report), "lengths": report.lengths.as_dict()}})

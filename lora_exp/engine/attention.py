@@ -4,7 +4,8 @@ Registered with transformers as the implementation `packed` (`AttentionInterface
 serves every architecture that asks that interface. Without a layout it is transformers' own sdpa, so generation and
 padded batches work as before.
 
-Computed as plain matrix products over blocks of queries against just the keys that they see. torch 2.13's
+Computed as plain matrix products over blocks of queries against just the keys that they see; blocks of like size go
+through one call. torch 2.13's
 scaled_dot_product_attention on a processor runs bf16 at a tenth of the matrix product's rate for rows of some hundred
 tokens; this runs at 2.5 to 3 times that. Scores and softmax are float32 in half precision, as in that kernel.
 On CUDA half precision goes through one kernel instead (`flex.py`).
@@ -12,6 +13,7 @@ On CUDA half precision goes through one kernel instead (`flex.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,28 +31,68 @@ PACKED = "packed"
 """The name under which transformers knows this attention."""
 
 DENSE = 256
-"""Families up to this many tokens are one block: fewer, larger products beat the part that causality saves."""
+"""Families up to this many tokens are one part: fewer, larger products beat what causality saves."""
 
 QUERIES = 128
-"""Queries a block in longer families."""
+"""Queries a part in longer families."""
+
+ALIKE = 0.9
+"""Parts are computed together whose queries and keys are at least this share of the largest's: the rest is padding,
+which costs less than the calls that it saves."""
+
+SCORES = 2**19
+"""Scores a head in one block at most, so that they stay near the processor's caches."""
 
 REFUSED = ("softcap", "s_aux", "position_bias", "sinks")
 """Arguments with which some architectures change the scores; not computed here."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """Queries that are computed together.
+class Part:
+    """Some tokens of a family and what they see.
 
     Args:
-        queries: Their place in the flat row.
-        keys: The places of what they may see; one or two runs.
-        mask: Added to the scores [queries, keys]: 0 or -inf.
+        queries: Their places in the flat row.
+        keys: The places of what they may see.
+        allowed: Which of these each may see [queries, keys].
     """
 
-    queries: slice
-    keys: tuple[slice, ...]
-    mask: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+    allowed: torch.Tensor
+
+
+class Block:
+    """N parts of like size that are computed together, padded to Q queries and K keys.
+
+    Attributes:
+        queries: Places of the queries [N, Q].
+        keys: Places of the keys [N, K].
+        mask: Added to the scores [N, 1, Q, K]: 0 or -inf.
+        padding: Which of the N * Q queries are padding; places in the flattened `queries`.
+        real: The others.
+        tokens: The places of the real ones in the flat row.
+    """
+
+    def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
+        queries, keys = (max(len(getattr(part, name)) for part in parts) for name in ("queries", "keys"))
+        self.queries = torch.stack([_padded(part.queries, queries) for part in parts]).to(device)
+        self.keys = torch.stack([_padded(part.keys, keys) for part in parts]).to(device)
+        mask = torch.full((len(parts), 1, queries, keys), float("-inf"))
+        is_real = torch.zeros(len(parts), queries, dtype=torch.bool)
+        for number, part in enumerate(parts):
+            height, width = part.allowed.shape
+            mask[number, 0, :height, :width].masked_fill_(part.allowed, 0)
+            mask[number, 0, height:, 0] = 0  # padding sees something, or its softmax would be no number
+            is_real[number, :height] = True
+        self.mask = mask.to(device)
+        self.padding = (~is_real).flatten().nonzero()[:, 0].to(device)
+        self.real = is_real.flatten().nonzero()[:, 0].to(device)
+        self.tokens = self.queries.flatten()[self.real]
+
+
+def _padded(places: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat([places, places[:1].expand(length - len(places))])
 
 
 class Layout:
@@ -76,53 +118,46 @@ class Layout:
     def blocks(self, window: int | None) -> list[Block]:
         """Return the blocks of the row. `window`: a token sees this many tokens back, itself included."""
         if window not in self._blocks:
-            self._blocks[window] = list(self._build(window))
+            parts = list(self._parts(window))
+            self._blocks[window] = [Block(group, self.device) for group in _alike(parts)]
         return self._blocks[window]
 
-    def _build(self, window: int | None) -> Iterator[Block]:
+    def _parts(self, window: int | None) -> Iterator[Part]:
         start = 0
         for family in self.families:
             if len(family) <= DENSE:
-                yield self._dense(family, start, window)
+                yield _whole(family, start, window)
             else:
-                yield from self._split(family, start, window)
+                yield from _cut(family, start, window)
             start += len(family)
 
-    def _dense(self, family: Family, start: int, window: int | None) -> Block:
-        """Return the one block of a short family."""
-        shared, length = family.prefix, len(family)
-        position, branch = torch.arange(length), torch.full((length,), -1)
-        end = shared
-        for number, size in enumerate(family.branches):
-            position[end : end + size] = torch.arange(shared, shared + size)
-            branch[end : end + size] = number
-            end += size
-        own = (branch[None] == branch[:, None]) | (branch[None] == -1)
-        mask = self._mask(_causal(position, position, window) & own)
-        place = slice(start, start + length)
-        return Block(place, (place,), mask)
 
-    def _split(self, family: Family, start: int, window: int | None) -> Iterator[Block]:
-        """Cut a long family's rows into blocks; the prefix is computed with its first row."""
-        shared = family.prefix
-        offset = start
-        for number, size in enumerate(family.branches):
-            begin = 0 if number == 0 else shared
-            for first in range(begin, shared + size, QUERIES):
-                last = min(first + QUERIES, shared + size)
-                oldest = 0 if window is None else max(0, first - window + 1)
-                mask = self._mask(_causal(torch.arange(first, last), torch.arange(oldest, last), window))
-                queries = slice(offset + first, offset + last)
-                if number == 0 or oldest >= shared:
-                    keys: tuple[slice, ...] = (slice(offset + oldest, offset + last),)
-                else:
-                    keys = (slice(start + oldest, start + shared), slice(offset + shared, offset + last))
-                yield Block(queries, keys, mask)
-            # Token p of the next row stands where its own branch begins plus p - shared.
-            offset += size
+def _whole(family: Family, start: int, window: int | None) -> Part:
+    """Return a short family as one part."""
+    shared, length = family.prefix, len(family)
+    position, branch = torch.arange(length), torch.full((length,), -1)
+    end = shared
+    for number, size in enumerate(family.branches):
+        position[end : end + size] = torch.arange(shared, shared + size)
+        branch[end : end + size] = number
+        end += size
+    own = (branch[None] == branch[:, None]) | (branch[None] == -1)
+    places = torch.arange(start, start + length)
+    return Part(places, places, _causal(position, position, window) & own)
 
-    def _mask(self, allowed: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf")).to(self.device)
+
+def _cut(family: Family, start: int, window: int | None) -> Iterator[Part]:
+    """Cut a long family's rows into parts; the prefix is computed with its first row."""
+    shared = family.prefix
+    branch = start + shared
+    for number, size in enumerate(family.branches):
+        row = torch.cat([torch.arange(start, start + shared), torch.arange(branch, branch + size)])
+        for first in range(0 if number == 0 else shared, len(row), QUERIES):
+            last = min(first + QUERIES, len(row))
+            oldest = 0 if window is None else max(0, first - window + 1)
+            allowed = _causal(torch.arange(first, last), torch.arange(oldest, last), window)
+            yield Part(row[first:last], row[oldest:last], allowed)
+        branch += size
 
 
 def _causal(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -132,66 +167,101 @@ def _causal(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> to
     return allowed if window is None else allowed & (distance < window)
 
 
+def _alike(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Group parts of like size, the largest first."""
+    group: list[Part] = []
+    for part in sorted(parts, key=lambda part: (len(part.keys), len(part.queries)), reverse=True):
+        if group and not _joins(part, group):
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def _joins(part: Part, group: Sequence[Part]) -> bool:
+    queries, keys = max(len(each.queries) for each in group), len(group[0].keys)
+    return (
+        len(part.keys) >= ALIKE * keys
+        and ALIKE * queries <= len(part.queries) <= queries
+        and (len(group) + 1) * queries * keys <= SCORES
+    )
+
+
 class _BlockAttention(torch.autograd.Function):  # type: ignore[misc]
-    """softmax(q k^T) v over the blocks of a layout; q [H, T, D], k and v [KV, T, D], H a multiple of KV."""
+    """softmax(q k^T) v over the blocks of a layout; q [T, H, D], k and v [T, KV, D], H a multiple of KV."""
 
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: list[Block], scale: float
     ) -> torch.Tensor:
-        # [T, H, D] in memory: the layout that the output projection reads.
-        out = q.new_empty(q.shape[1], q.shape[0], q.shape[2]).transpose(0, 1)
-        weights = []
+        out = q.new_empty(q.shape)
+        saved = []
         with torch.autocast(q.device.type, enabled=False):
             for block in blocks:
                 queries, keys, values = _grouped(q, block, k), _seen(k, block), _seen(v, block)
-                weight = _weights(queries, keys, block.mask, scale)
-                out[:, block.queries] = (weight @ values).view(q.shape[0], -1, q.shape[2])
-                weights.append(weight)
-        ctx.save_for_backward(q, k, v, *weights)
+                weights = _weights(queries, keys, block.mask, scale)
+                out.index_copy_(0, block.tokens, _ungrouped(weights @ values, block, q))
+                saved += [queries, keys, values, weights]
+        ctx.save_for_backward(q, k, *saved)
         ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, *weights = ctx.saved_tensors
+        q, k, *saved = ctx.saved_tensors
         dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for block, weight in zip(ctx.blocks, weights, strict=True):
-            queries, keys, values = _grouped(q, block, k), _seen(k, block), _seen(v, block)
-            upstream = _grouped(grad, block, k)
-            scores = torch._softmax_backward_data(upstream @ values.mT, weight, -1, weight.dtype)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(k)
+        for number, block in enumerate(ctx.blocks):
+            queries, keys, values, weights = saved[4 * number : 4 * number + 4]
+            upstream = _grouped(grad, block, k, padding=0)
+            scores = torch._softmax_backward_data(upstream @ values.mT, weights, -1, weights.dtype)
             scores *= ctx.scale
-            dq[:, block.queries] = (scores @ keys).view(q.shape[0], -1, q.shape[2])
+            dq.index_copy_(0, block.tokens, _ungrouped(scores @ keys, block, q))
             _add_seen(dk, block, scores.mT @ queries)
-            _add_seen(dv, block, weight.mT @ upstream)
+            _add_seen(dv, block, weights.mT @ upstream)
         return dq, dk, dv, None, None
 
 
-def _grouped(q: torch.Tensor, block: Block, k: torch.Tensor) -> torch.Tensor:
-    """Return a block's queries [KV, H / KV * queries, D]: the heads that share a key head stand together."""
-    return q[:, block.queries].reshape(k.shape[0], -1, q.shape[2])
+def _grouped(q: torch.Tensor, block: Block, k: torch.Tensor, padding: float | None = None) -> torch.Tensor:
+    """Return a block's queries [N * KV, H / KV * Q, D]: the heads that share a key head stand together."""
+    number, length = block.queries.shape
+    rows = q.index_select(0, block.queries.flatten())
+    if padding is not None:
+        rows.index_fill_(0, block.padding, padding)
+    heads = k.shape[1]
+    split = rows.view(number, length, heads, -1, q.shape[2])
+    return split.permute(0, 2, 3, 1, 4).reshape(number * heads, -1, q.shape[2])
+
+
+def _ungrouped(rows: torch.Tensor, block: Block, q: torch.Tensor) -> torch.Tensor:
+    """Return the real ones of a block's rows [N * KV, H / KV * Q, D] as [tokens, H, D]."""
+    number, length = block.queries.shape
+    split = rows.view(number, q.shape[1], length, q.shape[2]).transpose(1, 2)
+    return split.reshape(-1, *q.shape[1:]).index_select(0, block.real)
 
 
 def _seen(k: torch.Tensor, block: Block) -> torch.Tensor:
-    """Return the keys (or values) that a block sees [KV, keys, D]."""
-    if len(block.keys) == 1:
-        return k[:, block.keys[0]]
-    return torch.cat([k[:, place] for place in block.keys], dim=1)
+    """Return the keys (or values) that a block sees [N * KV, K, D]."""
+    number, length = block.keys.shape
+    rows = k.index_select(0, block.keys.flatten()).view(number, length, *k.shape[1:])
+    return rows.transpose(1, 2).reshape(-1, length, k.shape[2])
 
 
 def _add_seen(total: torch.Tensor, block: Block, part: torch.Tensor) -> None:
-    first = 0
-    for place in block.keys:
-        last = first + place.stop - place.start
-        total[:, place] += part[:, first:last]
-        first = last
+    """Add [N * KV, K, D] to the places of a block's keys; of padding it is 0."""
+    number, length = block.keys.shape
+    rows = part.view(number, -1, length, total.shape[2]).transpose(1, 2)
+    total.index_add_(0, block.keys.flatten(), rows.reshape(-1, *total.shape[1:]))
 
 
 def _weights(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    scores = _product(queries, keys)
-    scores *= scale
-    by_head = scores.view(scores.shape[0], -1, *mask.shape)
+    if math.frexp(scale)[0] == 0.5:  # a power of two: nothing is rounded
+        scores = _product(queries * scale, keys)
+    else:
+        scores = _product(queries, keys)
+        scores *= scale
+    by_head = scores.view(len(mask), -1, *mask.shape[2:])
     by_head += mask
     return scores.softmax(-1).to(queries.dtype)
 
@@ -261,8 +331,8 @@ def packed_attention(
         mask = layout.flex_mask(sliding_window)
         attended_by_kernel, _ = flex_attention_forward(module, query, key, value, mask, scaling=scale)
         return attended_by_kernel, None
-    out = _BlockAttention.apply(query[0], key[0], value[0], layout.blocks(sliding_window), scale)
-    return out.transpose(0, 1)[None], None
+    rows = (each[0].transpose(0, 1) for each in (query, key, value))
+    return _BlockAttention.apply(*rows, layout.blocks(sliding_window), scale)[None], None
 
 
 def use_packed_attention(base: Any) -> None:

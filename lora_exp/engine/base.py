@@ -12,6 +12,7 @@ from lora_exp.config import Section
 
 if TYPE_CHECKING:
     from lora_exp.engine.identity import Identity
+    from lora_exp.engine.settings import Choice, Forecast
     from lora_exp.engine.store import ReferenceStore
     from lora_exp.models.policy import Policy
     from lora_exp.recipes.base import Recipe
@@ -26,12 +27,14 @@ class Work:
         recipe: What is learned.
         arguments: Fields of `transformers.TrainingArguments`.
         longest: Tokens of the longest row.
+        forecast: Of its memory.
     """
 
     policy: Policy
     recipe: Recipe
     arguments: dict[str, Any]
     longest: int
+    forecast: Forecast
 
 
 class Engine(Section, ABC):
@@ -50,6 +53,24 @@ class Engine(Section, ABC):
     @abstractmethod
     def tokens_at_once(self, work: Work) -> int:
         """Return the most tokens whose activations are alive together."""
+
+    def expected_for(self, base: Any, recipe: Recipe) -> tuple[Engine, str]:  # noqa: ARG002
+        """Return the engine that will compute this, as far as a model without weights tells, and a reason if another.
+
+        Args:
+            base: The `PreTrainedModel`, its adapter layers inside.
+            recipe: What is learned.
+        """
+        return self, ""
+
+    def choose_tokens(self, checkpointing: bool | Literal["auto"], forecast: Forecast) -> Choice | None:  # noqa: ARG002
+        """Return how many tokens a micro-batch has, and why; None where whole batches are computed.
+
+        Args:
+            checkpointing: The config's `trainer.gradient_checkpointing`.
+            forecast: Of the run's memory.
+        """
+        return None
 
     @abstractmethod
     def trainer_class(self, trainer: type[Any]) -> type[Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from lora_exp.data.kinds import IGNORED
 from lora_exp.engine.attention import Layout, use_packed_attention
 from lora_exp.engine.head import Head, TokenScores, score_tokens
+from lora_exp.engine.norms import fusable_norms, fused_norms
 from lora_exp.engine.packing import PackedRow, Row
 from lora_exp.engine.peft import fused_lora
 from lora_exp.models.bitsandbytes import computing_as_in_training
@@ -31,14 +32,13 @@ class PackedForward:
     def __init__(self, base: Any, squares: bool = False) -> None:
         use_packed_attention(base)
         self.base = base
+        self.norms = fusable_norms(base)
         self.squares = squares
 
     def hidden(self, row: PackedRow) -> torch.Tensor:
         """Return the last hidden states of a flat row [T, hidden]."""
         device = self.base.device
-        # Recomputing a checkpointed layer happens outside the block, and must compute the same.
-        adapters = nullcontext() if _recomputes(self.base) else fused_lora(self.base)
-        with adapters, computing_as_in_training(self.base):
+        with self._fused(), computing_as_in_training(self.base):
             output = self.base.base_model(
                 input_ids=torch.from_numpy(row.ids)[None].to(device),
                 position_ids=torch.from_numpy(row.positions)[None].to(device),
@@ -49,6 +49,16 @@ class PackedForward:
             )
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
+
+    @contextmanager
+    def _fused(self) -> Iterator[None]:
+        """Compute adapters and norms in fewer passes within the block."""
+        # Recomputing a checkpointed layer happens outside the block, and must compute the same.
+        if _recomputes(self.base):
+            yield
+            return
+        with fused_lora(self.base), fused_norms(self.norms):
+            yield
 
     def scores(self, row: PackedRow) -> TokenScores:
         """Return the scores of the flat row's S scored positions."""

@@ -18,7 +18,7 @@ from lora_exp.models.policy import Policy
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Counted up when the packed forward pass comes to compute other numbers, so that those kept before are not taken for
 its own. 2: 8-bit layers compute as in training."""
 

@@ -11,7 +11,9 @@ from lora_exp.engine.padded import Padded
 
 if TYPE_CHECKING:
     from lora_exp.engine.identity import Identity
+    from lora_exp.engine.settings import Choice, Forecast
     from lora_exp.engine.store import ReferenceStore
+    from lora_exp.recipes.base import Recipe
 
 
 class Packed(Engine):
@@ -23,20 +25,32 @@ class Packed(Engine):
 
     def suited_to(self, work: Work) -> tuple[Engine, str]:
         """Return itself with its micro-batch settled, or `Padded` and the reason."""
-        from lora_exp.engine.settings import choose_tokens
         from lora_exp.engine.support import reason_against
 
         reason = reason_against(work)
         if reason is not None:
             return Padded(target="", num_threads=self.num_threads), f"padded (TRL's own forward): {reason}"
-        tokens = choose_tokens(self.tokens_per_microbatch, work.policy.model)
+        tokens = self.choose_tokens(work.arguments["gradient_checkpointing"], work.forecast)
         line = f"packed, up to {tokens.value:,} tokens at a time: {tokens.reason}"
         return self.model_copy(update={"tokens_per_microbatch": tokens.value}), line
+
+    def expected_for(self, base: Any, recipe: Recipe) -> tuple[Engine, str]:
+        """Return itself, or `Padded` and the reason."""
+        from lora_exp.engine.support import reason_of_structure
+
+        reason = reason_of_structure(base, recipe)
+        return (self, "") if reason is None else (Padded(target="", num_threads=self.num_threads), reason)
 
     def tokens_at_once(self, work: Work) -> int:
         """Return a micro-batch, or an example that is longer."""
         assert isinstance(self.tokens_per_microbatch, int), "settled by suited_to"
         return max(self.tokens_per_microbatch, work.longest)
+
+    def choose_tokens(self, checkpointing: bool | Literal["auto"], forecast: Forecast) -> Choice:
+        """Return the micro-batch that suits the machine."""
+        from lora_exp.engine.settings import choose_tokens
+
+        return choose_tokens(self.tokens_per_microbatch, self.name, checkpointing, forecast)
 
     def trainer_class(self, trainer: type[Any]) -> type[Any]:
         """Return the class with its forward and backward pass packed."""

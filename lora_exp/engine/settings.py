@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from lora_exp.machine import free_memory_bytes
-from lora_exp.models.targets import linear_layers
+from typing import Any, Literal, Protocol
 
 TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens a micro-batch where memory is plenty. A processor's products run at full rate from some hundred rows on; a
 GPU wants more. More costs memory and gains nothing."""
 LEAST_TOKENS = 256
 
-SAVED_PER_FEATURE = 2.0
-"""Numbers that a backward pass keeps for each input and output feature of a linear layer, measured on Llama models
-(benchmarks/NOTES.md): the layer's own input, the adapter's, what norm, rotation and activation save."""
+SHARE = 0.8
+"""Of the room that a run fills by itself; the rest is for what an estimate misses, and for other programs."""
 
-SHARE = 0.6
-"""Of the free memory that activations may fill; the rest is for the output layer, the optimiser and other programs."""
+
+class Forecast(Protocol):
+    """What is known of a run's memory before it starts.
+
+    Attributes:
+        device: Where it trains.
+        room: Bytes that it may fill in all.
+    """
+
+    device: Any
+    room: int
+
+    def need(self, engine: str, tokens: int | None, checkpointing: bool) -> int:
+        """Return the bytes that it fills.
+
+        Args:
+            engine: The engine's name.
+            tokens: Of a micro-batch; None for whole batches.
+            checkpointing: Whether activations are recomputed.
+        """
+
+    def require(self, engine: str, tokens: int | None, checkpointing: bool) -> None:
+        """Check that this fits.
+
+        Raises:
+            UserError: If it cannot.
+        """
 
 
 @dataclass(frozen=True)
@@ -29,45 +50,50 @@ class Choice:
     reason: str
 
 
-def bytes_per_token(model: Any) -> int:
-    """Return an estimate of what a backward pass keeps of one token."""
-    base = model.get_base_model()
-    features = sum(_features(base.get_submodule(name)) for name in linear_layers(base) if "lora_" not in name)
-    return int(SAVED_PER_FEATURE * features * base.dtype.itemsize)
+def choose_tokens(
+    wanted: int | Literal["auto"], engine: str, checkpointing: bool | Literal["auto"], forecast: Forecast
+) -> Choice:
+    """Return `engine.tokens_per_microbatch`: as many as use the device fully and fit into its free memory.
 
-
-def _features(layer: Any) -> int:
-    """Return a linear layer's inputs and outputs. Not of its weight's shape, which is flat in 4 bits."""
-    if hasattr(layer, "in_features"):
-        return int(layer.in_features + layer.out_features)
-    return sum(layer.weight.shape)  # transformers' Conv1D names none
-
-
-def choose_tokens(wanted: int | Literal["auto"], model: Any) -> Choice:
-    """Return `engine.tokens_per_microbatch`: as many as use the device fully and fit into its free memory."""
+    Args:
+        wanted: The config's.
+        engine: The engine's name.
+        checkpointing: The config's `trainer.gradient_checkpointing`.
+        forecast: The run's.
+    """
     if wanted != "auto":
         return Choice(wanted, f"engine.tokens_per_microbatch={wanted}")
-    device = model.device
-    usual = TOKENS.get(device.type, TOKENS["cuda"])
-    fitting = int(SHARE * free_memory_bytes(device)) // max(bytes_per_token(model), 1)
-    if fitting >= usual:
+    usual = TOKENS.get(forecast.device.type, TOKENS["cuda"])
+    room = SHARE * forecast.room
+    most = forecast.need(engine, usual, checkpointing is True)
+    if most <= room:
         return Choice(usual, "more would not be faster")
-    return Choice(max(LEAST_TOKENS, fitting), f"what {_size(free_memory_bytes(device))} of free memory hold")
+    least = forecast.need(engine, LEAST_TOKENS, checkpointing is True)
+    # A token costs a little more among more of them, so a straight line between the two errs to the safe side.
+    fitting = LEAST_TOKENS + int((usual - LEAST_TOKENS) * (room - least) / max(most - least, 1))
+    return Choice(max(LEAST_TOKENS, min(fitting, usual)), f"what {size_text(forecast.room)} hold")
 
 
-def choose_checkpointing(wanted: bool | Literal["auto"], model: Any, tokens: int) -> Choice:
-    """Return `trainer.gradient_checkpointing`: off when the activations of `tokens` fit."""
+def choose_checkpointing(wanted: bool | Literal["auto"], engine: str, tokens: int | None, forecast: Forecast) -> Choice:
+    """Return `trainer.gradient_checkpointing`: off when the run fits without it.
+
+    Args:
+        wanted: The config's.
+        engine: The engine's name.
+        tokens: Of its micro-batch, if it has any.
+        forecast: The run's.
+    """
+    need = forecast.need(engine, tokens, wanted is True)
+    there = f"{size_text(forecast.room)} there are"
     if wanted != "auto":
-        return Choice(wanted, f"trainer.gradient_checkpointing={str(wanted).lower()}")
-    need, free = tokens * bytes_per_token(model), free_memory_bytes(model.device)
-    fits = need <= SHARE * free
-    return Choice(
-        not fits,
-        f"{tokens:,} tokens need about {_size(need)} of {_size(free)} free memory"
-        if fits
-        else f"{tokens:,} tokens would need about {_size(need)}, and {_size(free)} are free",
-    )
+        return Choice(
+            wanted, f"trainer.gradient_checkpointing={str(wanted).lower()}; about {size_text(need)} of the {there}"
+        )
+    if need <= SHARE * forecast.room:
+        return Choice(False, f"the run needs about {size_text(need)} of the {there}")
+    return Choice(True, f"the run would need about {size_text(need)}, and {there}")
 
 
-def _size(number: int) -> str:
+def size_text(number: float) -> str:
+    """Return bytes as people read them."""
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

@@ -35,11 +35,18 @@ def reason_against(work: Work) -> str | None:
     base = work.policy.model.get_base_model()
     return (
         _of_arguments(work.arguments)
-        or _of_architecture(base)
-        or _of_router(base.config.get_text_config(), work.recipe)
-        or _of_dropout(base, work.recipe)
-        or _of_head(base)
+        or reason_of_structure(base, work.recipe)
         or _of_probe(base, work.longest, getattr(work.recipe, "disable_dropout", False))
+    )
+
+
+def reason_of_structure(base: Any, recipe: Recipe) -> str | None:
+    """Return why the packed computation would not be exact, as far as a model without weights tells it, or None."""
+    return (
+        _of_architecture(base)
+        or _of_router(base.config.get_text_config(), recipe)
+        or _of_dropout(base, recipe)
+        or _of_head(base)
     )
 
 

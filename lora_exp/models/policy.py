@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,9 @@ from lora_exp.config import Config, LoraConfig, ModelConfig, QuantConfig
 from lora_exp.errors import Problem, UserError
 from lora_exp.models.bitsandbytes import keep_differentiable
 from lora_exp.models.precision import Precision, choose_device, choose_precision
-from lora_exp.models.shared import SHARED_BASE, base_key
+from lora_exp.models.shared import SHARED_BASE, base_key, checksum
 from lora_exp.models.targets import choose_targets, linear_layers, uses_conv1d
+from lora_exp.training.integrity import staged
 
 Reference = Literal["adapter off", "start adapter"]
 """What a reference model is: the base alone, or a frozen copy of the adapter as it was at the start."""
@@ -37,6 +39,8 @@ class Policy:
         notes: What the user should know of how it came about.
         initial: The adapter as it was at the start, where it took a part of the base into itself (PiSSA).
         start: The folder of the adapter that the reference keeps, None where it is the base alone.
+        base: What the base is: its name, the hub's commit where it comes from there, a digest of the weights as they
+            were loaded.
     """
 
     model: Any
@@ -48,6 +52,7 @@ class Policy:
     notes: tuple[str, ...] = ()
     initial: Path | None = None
     start: Path | None = None
+    base: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def device(self) -> Any:
@@ -75,12 +80,19 @@ def load_policy(config: Config, files: str, start: Path | None, scratch: Path) -
     if writes_into_base(config.lora):
         SHARED_BASE.forget()
         base = load()
+        digest = checksum(base)
     else:
         key = base_key(config.model, config.quant, config.model.dtype or precision.dtype, device, files)
         base = SHARED_BASE.get(key, load)
+        digest = SHARED_BASE.digest
+    facts = {
+        "name": config.model.pretrained_model_name_or_path,
+        "revision": getattr(base.config, "_commit_hash", None),
+        "xxh3": digest,
+    }
     # After loading: the adapter is the same whether or not the base was there already.
     set_seed(config.seed)
-    return attach_adapter(base, config, precision, start, scratch)
+    return replace(attach_adapter(base, config, precision, start, scratch), base=facts)
 
 
 def writes_into_base(lora: LoraConfig) -> bool:
@@ -95,9 +107,10 @@ def load_tokenizer(config: ModelConfig, files: str) -> Any:
     """Load the model's tokenizer; it pads on the right with its pad token, or the end token where it has none."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        files, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    with told_if_it_needs_code(config):
+        tokenizer = AutoTokenizer.from_pretrained(
+            files, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -111,7 +124,7 @@ def load_base(config: ModelConfig, quant: QuantConfig, precision: Precision, dev
     `base_model_name_or_path` means the same on other machines.
 
     Raises:
-        UserError: If files are missing.
+        UserError: If files are missing, or it cannot be loaded without code that nobody trusted.
     """
     from transformers import AutoModelForCausalLM
 
@@ -121,20 +134,48 @@ def load_base(config: ModelConfig, quant: QuantConfig, precision: Precision, dev
     if quant.target is not None:
         kwargs["quantization_config"] = _quantization_config(quant, precision)
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            files,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            device_map={"": device},
-            **kwargs,
-        )
+        with told_if_it_needs_code(config):
+            base = AutoModelForCausalLM.from_pretrained(
+                files,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,  # any other format is a pickle, which runs code as it is read
+                device_map={"": device},
+                **kwargs,
+            )
     except OSError as error:
-        problem = Problem("model.pretrained_model_name_or_path", " ".join(str(error).split()))
-        raise UserError("the model cannot be loaded", [problem]) from error
+        raise UserError("the model cannot be loaded", [_unreadable(config, error)]) from error
     base.name_or_path = base.config._name_or_path = config.pretrained_model_name_or_path
     base.config.use_cache = False
     keep_differentiable(base)
     return base
+
+
+def _unreadable(config: ModelConfig, error: OSError) -> Problem:
+    key, what = "model.pretrained_model_name_or_path", " ".join(str(error).split())
+    if "use_safetensors" not in what:
+        return Problem(key, what)
+    what = (
+        f"{config.pretrained_model_name_or_path} has no safetensors file, and a pickle may run any code as it is read"
+    )
+    return Problem(key, what, "if you trust its maker, convert a copy to safetensors and name its folder")
+
+
+@contextmanager
+def told_if_it_needs_code(config: ModelConfig) -> Iterator[None]:
+    """Turn what transformers says of a model that brings its own code into an error with its mend.
+
+    Raises:
+        UserError: If it needs code that nobody trusted.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if config.trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        what = f"{config.pretrained_model_name_or_path} runs code of its own, which nobody here has trusted yet"
+        mend = "read that code, then model.trust_remote_code=true, with model.revision=<the commit that you read>"
+        raise UserError("the model cannot be loaded", [Problem("model.trust_remote_code", what, mend)]) from error
 
 
 def _quantization_config(quant: QuantConfig, precision: Precision) -> Any:
@@ -174,7 +215,7 @@ def attach_adapter(base: Any, config: Config, precision: Precision, start: Path 
         model = get_peft_model(base, lora)
     except ValueError as error:
         SHARED_BASE.forget()  # some of its layers may carry an adapter already
-        raise _refused_layers(base, error) from error
+        raise refused_layers(base, error) from error
     if not writes_into_base(config.lora):
         return _policy(model, precision, "adapter off")
     initial = scratch / "initial_adapter"
@@ -187,7 +228,7 @@ def attach_adapter(base: Any, config: Config, precision: Precision, start: Path 
     return policy
 
 
-def _refused_layers(base: Any, error: ValueError) -> Exception:
+def refused_layers(base: Any, error: ValueError) -> Exception:
     """Return what tells the user which layers are left, or the error itself where PEFT does not name one.
 
     PEFT 0.21 refuses some layers of state space models (`tuners/tuners_utils.py`), whose kernels read the bare weights.
@@ -240,10 +281,7 @@ def save_adapter(policy: Policy, tokenizer: Any, folder: Path) -> None:
 
     A PiSSA adapter is written as the plain LoRA (of twice the rank) that does the same to the untouched base.
     """
-    beside = folder.with_name(f".{folder.name}")
     convert = {} if policy.initial is None else {"path_initial_model_for_weight_conversion": str(policy.initial)}
-    policy.model.save_pretrained(str(beside), **convert)
-    tokenizer.save_pretrained(str(beside))
-    if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
+    with staged(folder, sealed=False) as part:
+        policy.model.save_pretrained(str(part), **convert)
+        tokenizer.save_pretrained(str(part))

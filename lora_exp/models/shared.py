@@ -45,6 +45,17 @@ class SharedBase:
             self._kept = _Kept(key, base, checksum(base))
         return copy_sharing_weights(self._kept.base)
 
+    @property
+    def digest(self) -> str:
+        """The checksum of the kept base.
+
+        Raises:
+            ValueError: If none is kept.
+        """
+        if self._kept is None:
+            raise ValueError("no base is kept")
+        return self._kept.checksum
+
     def untouched(self) -> bool:
         """Whether the kept weights are bitwise what was loaded; if not, they are forgotten."""
         if self._kept is None or checksum(self._kept.base) == self._kept.checksum:

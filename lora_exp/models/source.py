@@ -12,6 +12,12 @@ from pathlib import Path
 from lora_exp.config import ModelConfig
 from lora_exp.errors import Problem, UserError
 
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+"""Weights in formats that are, or may be, pickles."""
+
+CONVERT_MODEL = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+CONVERT_ADAPTER = "safetensors.torch.save_file(torch.load(old, weights_only=True), 'adapter_model.safetensors')"
+
 HUB_TIMEOUT_S = 10
 """How long the first question to the hub may take before the run stops with an error."""
 
@@ -57,11 +63,23 @@ def locate(config: ModelConfig) -> str:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise _not_found(config, f"{name} has no config.json, so it is no model folder")
+        _require_safetensors(Path(name), "model.pretrained_model_name_or_path", "the model", CONVERT_MODEL)
         return name
     if name.startswith((".", "/", "~")):
         raise _not_found(config, f"there is no folder {name}")
     _ask_hub(config)
     return name
+
+
+def _require_safetensors(folder: Path, key: str, what: str, convert: str) -> None:
+    """Refuse weights that lie there as a pickle only: reading one runs whatever its maker put into it."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        shown = f"{folder} has {pickles[0]} and no safetensors file; a pickle may run any code, so none is read"
+        mend = f"if you trust its maker, convert it: {convert}"
+        raise UserError(f"{what} cannot be loaded", [Problem(key, shown, mend)])
 
 
 def _ask_hub(config: ModelConfig) -> None:
@@ -102,7 +120,8 @@ def adapter_dir(config: ModelConfig) -> Path | None:
     """Return the folder of the adapter to start from, given a run folder or an adapter folder.
 
     Raises:
-        UserError: If there is no adapter, or it was trained on another model than this config loads.
+        UserError: If there is no adapter, or none in safetensors, or it was trained on another model than this config
+            loads.
     """
     if config.adapter is None:
         return None
@@ -127,4 +146,13 @@ def adapter_dir(config: ModelConfig) -> Path | None:
             f"choose the model= option of {base}",
         )
         raise UserError("the adapter does not fit the model", [problem])
+    _require_adapter_weights(folder)
     return folder
+
+
+def _require_adapter_weights(folder: Path) -> None:
+    """Refuse an adapter without `adapter_model.safetensors`: PEFT would read a pickle, or ask the hub for it."""
+    _require_safetensors(folder, "model.adapter", "the adapter", CONVERT_ADAPTER)
+    if not (folder / "adapter_model.safetensors").is_file():
+        problem = Problem("model.adapter", f"{folder} has no adapter_model.safetensors", "train or save it again")
+        raise UserError("the adapter cannot be loaded", [problem])

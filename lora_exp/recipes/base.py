@@ -114,6 +114,11 @@ class Recipe(Section, ABC):
         """Whether the loss of an example depends on the others of its batch."""
         return False
 
+    @property
+    def zero_loss(self) -> bool:
+        """Whether a loss of exactly 0 can be right. Of a likelihood it says that nothing was learned from."""
+        return False
+
     @abstractmethod
     def trainer(
         self,

@@ -152,6 +152,11 @@ class DPO(Recipe):
         """Whether a loss sorts the pairs of a batch."""
         return not SORTING_LOSS_TYPES.isdisjoint(loss_types(self.loss_type))
 
+    @property
+    def zero_loss(self) -> bool:
+        """Whether a loss of exactly 0 can be right: hinge's beyond its margin, sigmoid's once it underflows."""
+        return set(loss_types(self.loss_type)) != {"sft"}
+
     def trainer(
         self,
         engine: Engine,
@@ -165,8 +170,9 @@ class DPO(Recipe):
         from trl import DPOConfig
 
         from lora_exp.recipes.trl import TokenizedDPOTrainer
+        from lora_exp.training.reliable import reliable
 
-        return engine.trainer_class(TokenizedDPOTrainer)(
+        return reliable(engine.trainer_class(TokenizedDPOTrainer))(
             reference=policy.reference,
             model=policy.model,
             args=DPOConfig(**arguments, **self.trl_fields),

@@ -45,10 +45,11 @@ class SFT(Recipe):
         from trl import SFTConfig
 
         from lora_exp.recipes.trl import TokenizedSFTTrainer
+        from lora_exp.training.reliable import reliable
 
         args = SFTConfig(**arguments, **self.trl_fields, dataset_kwargs={"skip_prepare_dataset": True})
         labelled = {split: with_labels(dataset) for split, dataset in datasets.items()}
-        return engine.trainer_class(TokenizedSFTTrainer)(
+        return reliable(engine.trainer_class(TokenizedSFTTrainer))(
             model=policy.model,
             args=args,
             train_dataset=labelled["train"],

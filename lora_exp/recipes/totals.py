@@ -26,6 +26,8 @@ class Totals(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.trainer = trainer
         self.seconds_before = 0.0
         self.began = time.time()
+        self.due: list[str] = []
+        """What the step of the checkpoint has not got to: `evaluation`, and `save` where one was to follow."""
 
     def state(self) -> dict[str, Any]:
         """Return the sums as JSON keeps them; a float comes back bit for bit."""
@@ -36,6 +38,7 @@ class Totals(TrainerCallback, ExportableState):  # type: ignore[misc]
             "loss_before_log": getattr(trainer, "_total_loss_scalar", 0.0),
             "last_logged": getattr(trainer, "_globalstep_last_logged", 0),
             "tokens": float(trainer._total_train_tokens),
+            "due": self.due,
             "metrics": {name: [float(value) for value in values] for name, values in trainer._metrics["train"].items()},
         }
         return {"args": {}, "attributes": sums}
@@ -51,6 +54,7 @@ class Totals(TrainerCallback, ExportableState):  # type: ignore[misc]
         sums = state.stateful_callbacks[type(self).__name__]["attributes"]
         trainer = self.trainer
         self.seconds_before = sums["seconds"]
+        self.due = list(sums["due"])
         trainer._tr_loss = torch.tensor(sums["loss_since_log"], device=args.device)
         trainer._total_loss_scalar = sums["loss_before_log"]
         trainer._globalstep_last_logged = sums["last_logged"]

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
 from trl import DPOTrainer, SFTTrainer
+from trl.trainer import utils
 from trl.trainer.utils import use_adapter
 
 from lora_exp.recipes.divergence import ROWS, kl_per_token
 from lora_exp.recipes.totals import CarriedTotals
+
+PAGES = 2 * 4096
+"""Bytes that a row of a tile touches at least: it rarely begins and ends with a page."""
+
+
+@contextmanager
+def touched_tiles(vocabulary: int, itemsize: int) -> Iterator[None]:
+    """Have the output layer ask within the block for tiles as wide as it touches; else its memory is miscounted.
+
+    It asks for 32,768 columns; beyond a small vocabulary no page of them is ever touched.
+
+    Args:
+        vocabulary: Columns that it fills.
+        itemsize: Bytes of a number.
+    """
+    before = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(before, max(vocabulary, PAGES // itemsize))
+    try:
+        yield
+    finally:
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
 
 
 class _Quiet:

@@ -8,8 +8,9 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -17,10 +18,34 @@ from lora_exp.errors import count
 from lora_exp.reports.figures.base import setting, short_names, with_interval
 from lora_exp.reports.page import duration, number
 from lora_exp.reports.results import RunResults
+from lora_exp.secrets.masking import safe
 from lora_exp.sweeps.leaderboard import Leaderboard, Point, summary
+from lora_exp.text import visible
 
 log = logging.getLogger(__name__)
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+"""Prints names, rows and errors as they are: `[red]` is no markup here, and the hook below lets no ESC through."""
+
+
+class _Visible:
+    """A renderable whose control characters are shown instead of obeyed; rich's own stay."""
+
+    def __init__(self, renderable: ConsoleRenderable) -> None:
+        self.renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+class _ShowControlCharacters(RenderHook):
+    """Makes everything that is printed `_Visible`."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Visible(each) for each in renderables]
+
+
+console.push_render_hook(_ShowControlCharacters())
 
 
 def header(rows: Iterable[tuple[str, str]]) -> None:
@@ -32,12 +57,14 @@ def header(rows: Iterable[tuple[str, str]]) -> None:
 
 def say(name: str, line: str) -> None:
     """Print one line under the header's names; the run's log file has it too."""
+    line = safe(line)
     console.print(Text.assemble((f"{name:>9}  ", "bold cyan"), line))
     log.info("%s: %s", name, line)
 
 
 def note(line: str) -> None:
     """Print something that the user should know and may act on."""
+    line = safe(line)
     console.print(Text.assemble((f"{'note':>9}  ", "bold yellow"), line))
     log.info("note: %s", line)
 

@@ -14,13 +14,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from lora_exp import text
 from lora_exp.reports.results import RunResults, read_results
 from lora_exp.run_folder import read_jsonl, write_whole
 
+REMOTE_CODE = "the model brings code of its own, which may run here: model.trust_remote_code=true"
 TEMPLATES = Path(__file__).parent
 PAGE = "report.html"
-CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\t\n"}
-"""To their escapes: an untrained model answers in such characters, and HTML cannot show them."""
 
 Points = Sequence[tuple[int, float | None]]
 """A value at each logged step; None is a gap."""
@@ -64,6 +64,7 @@ def page_facts(folder: Path) -> dict[str, Any]:
         "error": run.get("error"),
         "recipe": run.get("recipe") or choices.get("recipe") or "run",
         "model": run.get("model") or choices.get("model") or "",
+        "remote_code": REMOTE_CODE if run.get("trust_remote_code") else "",
         "choices": choices,
         "folder": str(folder),
         "started": run.get("started") or "",
@@ -374,9 +375,9 @@ def _reference(facts: Mapping[str, Any]) -> str:
 # Files and text --------------------------------------------------------------------------------------
 
 
-def visible(text: str) -> str:
+def visible(value: Any) -> str:
     """Return text with its control characters made visible, and without the line breaks at its end."""
-    return str(text).replace("\r\n", "\n").translate(CONTROL_CHARACTERS).rstrip("\n")
+    return text.visible(str(value)).rstrip("\n")
 
 
 def _moment(started: str) -> str:

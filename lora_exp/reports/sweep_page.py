@@ -22,7 +22,7 @@ from lora_exp.reports.figures.curves import curve_figures
 from lora_exp.reports.figures.frontier import frontier_figure
 from lora_exp.reports.figures.parallel import parallel_figure
 from lora_exp.reports.figures.settings import objective_figures, order
-from lora_exp.reports.page import PAGE, TEMPLATES, duration, memory, render
+from lora_exp.reports.page import PAGE, REMOTE_CODE, TEMPLATES, duration, memory, render
 from lora_exp.run_folder import write_whole
 from lora_exp.sweeps.leaderboard import Leaderboard, Point, leaderboard, summary, write_leaderboard
 from lora_exp.sweeps.trials import Trial, read_trials, sweep_command
@@ -148,6 +148,8 @@ def asked(board: Leaderboard) -> list[tuple[str, str]]:
         options = _values((trial.run.get("choices") or {}).get(group) for trial in trials)
         if len(options) == 1 and group != "tracker":
             facts.append((group, options[0]))
+    if any(trial.run.get("trust_remote_code") for trial in trials):
+        facts.append(("code", REMOTE_CODE))
     models = _values(trial.run.get("model") for trial in trials if trial.run.get("model"))
     return [*facts, ("weights", models[0])] if len(models) == 1 else facts
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.errors import Problem, UserError
-from lora_exp.training.checkpoints import newest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -18,12 +17,10 @@ class EarlierTrial:
     Args:
         status: `finished`, `pruned`, `failed`, or `running` where it was killed.
         objectives: What it found, where it finished; the first one ranks it.
-        checkpoint: Where it can go on from; None: from the beginning.
     """
 
     status: str
     objectives: list[float] | None
-    checkpoint: Path | None
 
 
 def earlier_trial(folder: Path, identity: str | None = None) -> EarlierTrial | None:
@@ -46,11 +43,10 @@ def earlier_trial(folder: Path, identity: str | None = None) -> EarlierTrial | N
             "the trial cannot start",
             [Problem(str(folder), what, "use another sweep.name=..., or move the folder away")],
         )
-    checkpoint = newest_checkpoint(folder / "checkpoints")
     found = facts.get("objectives") or {}
     whole = all(value is not None for value in found.values())  # null in JSON: it was no number
     objectives = list(found.values()) if found and whole else None
-    return EarlierTrial(str(facts.get("status", "running")), objectives, checkpoint)
+    return EarlierTrial(str(facts.get("status", "running")), objectives)
 
 
 def _facts(run_json: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from lora_exp.errors import USER_ERROR_STATUS, UserError, count, print_user_error
+from lora_exp.secrets.masking import safe
 from lora_exp.sweeps.answer import close, tell
 from lora_exp.sweeps.supervisor import lost
 
@@ -42,12 +43,11 @@ class Failures:
         except UserError as error:
             self.user_errors += 1
             print_user_error(UserError(f"{folder.name}: {error.title}", error.problems) if self._multirun() else error)
-        except Exception:
-            if not self._multirun():
-                raise
+        except Exception:  # noqa: BLE001 - told with its traceback, and counted in the exit status
             self.bugs += 1
+            sys.stdout.flush()
             print(f"error: {folder.name} failed with", file=sys.stderr)  # noqa: T201
-            traceback.print_exc()
+            print(safe(traceback.format_exc()), file=sys.stderr, end="")  # noqa: T201
         finally:
             if self._multirun() and _written_since(folder / "run.json", begun):
                 tell(folder.parent)

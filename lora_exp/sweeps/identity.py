@@ -11,18 +11,23 @@ from lora_exp.rules import flatten
 
 WITHOUT_EFFECT = (
     "data.cache_size",
+    "data.max_cut_share",
+    "data.max_dropped_share",
     "data.on_leak",
     "direction",
+    "dry_run",
     "hydra",
     "output_dir",
     "resume",
     "store",
     "sweep",
     "tracker",
+    "trainer.auto_find_batch_size",
+    "trainer.grace_seconds",
     "trainer.logging_first_step",
     "trainer.logging_steps",
 )
-"""Keys, and groups of keys, that say where results go and who watches."""
+"""Keys, and groups of keys, that say where results go, who watches and what stops a run before it starts."""
 
 
 def lies_under(key: str, groups: tuple[str, ...]) -> bool:

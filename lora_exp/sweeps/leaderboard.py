@@ -195,7 +195,8 @@ def compare(first: Point, second: Point) -> tuple[str, bool]:
     """Say whether two points are told apart, and by which test.
 
     Where both were tried with the same seeds, the difference seed by seed counts (paired t test): a seed that is
-    good for one is often good for the other. Otherwise it is Welch's t test.
+    good for one is often good for the other. Otherwise it is Welch's t test. Objectives come in steps, as an accuracy
+    over few rows does; where they leave nothing that varies, only their number counts: a sign or a permutation test.
     """
     ours, theirs = ({t.seed: t.objective or 0.0 for t in point.results} for point in (first, second))
     shared = [seed for seed in ours if seed in theirs and seed is not None]
@@ -204,6 +205,10 @@ def compare(first: Point, second: Point) -> tuple[str, bool]:
         assert difference is not None
         apart = not (difference.low or 0.0) <= 0 <= (difference.high or 0.0)
         test = f"paired t test over {len(shared)} seeds"
+        if _is_zero(difference.half, difference.mean):
+            difference = Interval(difference.mean)
+            apart = not _is_zero(difference.mean) and 2 ** (1 - len(shared)) < 1 - CONFIDENCE
+            test = f"the same with each of {len(shared)} seeds; sign test"
     else:
         values = [[t.objective or 0.0 for t in point.results] for point in (first, second)]
         if min(map(len, values)) < 2:
@@ -212,24 +217,30 @@ def compare(first: Point, second: Point) -> tuple[str, bool]:
                 "alone changes. In a grid, sweep.seeds=5 repeats every point.",
                 False,
             )
-        apart, test = _welch(*values), "Welch's t test"
+        apart, test = _welch(*values)
         difference = Interval(fmean(values[0]) - fmean(values[1]))
     words = "are told apart" if apart else "are not told apart"
     reach = f" ± {difference.half:.2g}" if difference.half is not None else ""
     return f"The best two {words} at 95 %: they differ by {difference.mean:.3g}{reach} ({test}).", apart
 
 
-def _welch(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two means differ; degrees of freedom rounded down, to the cautious side."""
+def _is_zero(value: float | None, beside: float = 1.0) -> bool:
+    """Whether a difference is one of rounding only."""
+    return value is None or abs(value) <= 1e-9 * max(1.0, abs(beside))
+
+
+def _welch(first: Sequence[float], second: Sequence[float]) -> tuple[bool, str]:
+    """Return whether two means differ, and the test; degrees of freedom rounded down, to the cautious side."""
     parts = [variance(values) / len(values) for values in (first, second)]
     error = math.sqrt(sum(parts))
     difference = abs(fmean(first) - fmean(second))
-    if error == 0:
-        return difference > 0
+    if _is_zero(error, difference):
+        chance = 2 / math.comb(len(first) + len(second), len(first))
+        return not _is_zero(difference) and chance < 1 - CONFIDENCE, "the same with every seed; permutation test"
     freedom = sum(parts) ** 2 / sum(
         part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True)
     )
-    return difference > t_quantile(max(1, math.floor(freedom))) * error
+    return difference > t_quantile(max(1, math.floor(freedom))) * error, "Welch's t test"
 
 
 # Files -----------------------------------------------------------------------------------------------

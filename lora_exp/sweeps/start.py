@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,25 +25,55 @@ _held: list[FileLock] = []
 """Kept until the process ends: a sweep's folder belongs to one command at a time."""
 
 
-def start_sweep(composer: Composer, overrides: list[str]) -> SweepPlan:
-    """Return the plan of a multirun that may start now.
+@dataclass(frozen=True)
+class Trials:
+    """The trials of a multirun, checked; of a search, some in which each value occurs once.
+
+    Args:
+        plan: What the command means.
+        jobs: The overrides of each.
+        configs: Its config.
+        extends: Whether a changed config joins the sweep of the same name.
+    """
+
+    plan: SweepPlan
+    jobs: list[list[str]]
+    configs: list[DictConfig]
+    extends: bool
+
+
+def check_trials(composer: Composer, overrides: list[str]) -> Trials:
+    """Return the trials of a multirun, with nothing written yet.
 
     Raises:
-        UserError: Everything that is wrong with any trial; a folder in use; a question that is not the folder's.
+        UserError: Everything that is wrong with any of them.
     """
     settings = composer.sweep_settings(overrides)
     if settings.dated:
         settings = replace(settings, folder=_free(settings.folder))
     plan = plan_sweep(overrides, settings)
-    configs = compose_all(composer, composer.jobs(plan.overrides, settings))
+    jobs = composer.jobs(plan.overrides, settings)
+    configs = compose_all(composer, jobs)
     _require_effect(plan.axes, configs)
     lengths = same_evaluation_rows(configs, plan.overrides)
     plan = replace(plan, overrides=[*plan.overrides, *(f"{key}={_value(length)}" for key, length in lengths.items())])
     for config, (key, length) in product(configs, lengths.items()):
         OmegaConf.update(config, key, length)
-    _take(plan)
-    now = Question.of(plan.axes, [_unresolved(config) for config in configs])
-    return _ask(plan, now, settings.sweep.get("on_change") == "extend")
+    return Trials(plan, jobs, configs, settings.sweep.get("on_change") == "extend")
+
+
+def start_sweep(trials: Trials) -> SweepPlan:
+    """Return the plan of a multirun that may start now.
+
+    Args:
+        trials: Its trials, from `check_trials`.
+
+    Raises:
+        UserError: A folder in use; a question that is not the folder's.
+    """
+    _take(trials.plan)
+    now = Question.of(trials.plan.axes, [_unresolved(config) for config in trials.configs])
+    return _ask(trials.plan, now, trials.extends)
 
 
 def compose_all(composer: Composer, jobs: list[list[str]]) -> list[DictConfig]:

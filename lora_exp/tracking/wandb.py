@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from urllib.parse import urlparse
 
 from pydantic import Field
 
-from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker
+from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker, by_split
+from lora_exp.tracking.kept import kept_id, logged_before
 
 ASK_AGAIN = 600.0
 """Seconds for which the runs of this process stay offline after one that could not be opened online.
@@ -25,22 +27,28 @@ _online_failed: tuple[float, str] | None = None
 
 
 class WandbRun(ActiveRun):
-    """One `wandb.Run`."""
+    """One `wandb.Run`.
+
+    Each line has its number as W&B's step: W&B leaves out a number that it has, so a line that comes again after a
+    resume stands there once.
+    """
 
     def __init__(self, run: Any, where: str, log_adapter: bool) -> None:
         self.run = run
         self.where = where
         self.log_adapter = log_adapter
+        self.lines = 0
         self.later = (
             f"later: wandb sync --include-online {run.settings.sync_dir}" if run.settings.mode != "disabled" else ""
         )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers under their section: `train/loss`, `eval/loss`; W&B's own step is left to W&B."""
-        sections = {
-            f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}": value for key, value in metrics.items()
-        }
-        self.run.log({**sections, "train/global_step": step})
+        """Record numbers under their section: `train/loss`, `eval/loss`."""
+        self._log({**by_split(metrics), "train/global_step": step})
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        self.run.log(dict(line), step=self.lines, commit=True)
+        self.lines += 1
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Write to the run's summary."""
@@ -51,7 +59,7 @@ class WandbRun(ActiveRun):
         from wandb import Table
 
         columns = list(rows[0])
-        self.run.log({name: Table(columns, [[row[column] for column in columns] for row in rows])})
+        self._log({name: Table(columns, [[row[column] for column in columns] for row in rows])})
 
     def adapter(self, folder: Path) -> None:
         """Log the artifact `adapter-<run>`, where `tracker.log_adapter` asks for it."""
@@ -76,32 +84,47 @@ class Wandb(Tracker):
     label = "wandb"
     mode: Literal["online", "offline", "disabled"] | None
     entity: str | None
-    notes: str | None
-    log_adapter: bool
     init_timeout: float = Field(gt=0)
     finish_timeout: float = Field(gt=0)
 
     def start(self, info: RunInfo) -> ActiveRun:
-        """Open a run of its own, whatever other run this process has had; offline where online fails."""
+        """Open a run of its own, whatever other run this process has had; offline where online fails.
+
+        A run that goes on is the same one at W&B: online it is resumed; offline its record is written anew from the
+        first line, for W&B appends no record to another.
+        """
         import wandb
+        from wandb.sdk.lib.runid import generate_id
 
         wandb.setup(wandb.Settings(silent=True))  # of the process: a login speaks before there is a run
+        run_id = kept_id(info, self.label, generate_id())
         mode, why = self._mode()
         try:
-            run = self._open(wandb, info, mode)
+            run = self._open(wandb, info, mode, run_id)
         except wandb.Error as error:
             if mode != "online":
                 raise
             mode, why = "offline", _remember(str(error).splitlines()[0])
-            run = self._open(wandb, info, mode)
+            wandb.teardown(exit_code=1)  # its process keeps the id of a run that could not be opened
+            wandb.setup(wandb.Settings(silent=True))
+            run = self._open(wandb, info, mode, run_id)
         run.define_metric("train/global_step")
         run.define_metric("*", step_metric="train/global_step")
-        if mode == "online":
-            return WandbRun(run, f"wandb online: {run.url}", self.log_adapter)
-        later = "" if mode == "disabled" else f"; later: wandb sync {info.folder}/wandb/offline-run-*"
-        return WandbRun(run, f"wandb {mode} ({why}){later}", self.log_adapter)
+        active = WandbRun(run, self._where(info, run, mode, why), self.log_adapter)
+        for step, metrics in logged_before(info):
+            active.log(metrics, step)
+        if mode == "offline":
+            _remove_earlier(info.folder, run)
+        return active
 
-    def _open(self, wandb: Any, info: RunInfo, mode: str) -> Any:
+    @staticmethod
+    def _where(info: RunInfo, run: Any, mode: str, why: str) -> str:
+        if mode == "online":
+            return f"wandb online: {run.url}"
+        later = "" if mode == "disabled" else f"; later: wandb sync {info.folder}/wandb/offline-run-*"
+        return f"wandb {mode} ({why}){later}"
+
+    def _open(self, wandb: Any, info: RunInfo, mode: str, run_id: str) -> Any:
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -111,6 +134,8 @@ class Wandb(Tracker):
             finish_timeout_raises=True,
         )
         return wandb.init(
+            id=run_id,
+            resume="allow" if info.goes_on and mode == "online" else None,
             project=self.project,
             entity=self.entity,
             name=self.name or info.name,
@@ -138,6 +163,14 @@ class Wandb(Tracker):
         if from_environment := os.environ.get("WANDB_MODE"):
             return from_environment, f"WANDB_MODE={from_environment}"
         return ("online", "logged in") if logged_in() else ("offline", "not logged in")
+
+
+def _remove_earlier(folder: Path, run: Any) -> None:
+    """Remove the offline records of the same run that this one holds too, some of them torn by a kill."""
+    this = Path(run.settings.sync_dir).resolve()
+    for record in (folder / "wandb").glob(f"offline-run-*-{run.id}"):
+        if record.resolve() != this:
+            shutil.rmtree(record, ignore_errors=True)
 
 
 def _remember(reason: str) -> str:

@@ -12,7 +12,9 @@ from lora_exp.models.precision import Precision
 def training_arguments(config: Config, precision: Precision, checkpoints: Path, on_cpu: bool) -> dict[str, Any]:
     """Return keyword arguments for a TrainingArguments or a TRL config.
 
-    Logging, tracking and the progress bar are ours (see `lora_exp.training.callbacks`), so the library's are off.
+    Logging, tracking and the progress bar are ours (see `lora_exp.training.callbacks`), so the library's are off; so
+    is its search for a batch that fits, which changes the batch of a step and goes on with what was half learned (see
+    `lora_exp.training.memory`), and its filter that logs a loss that is no number as the average of those before.
 
     Args:
         config: The run.
@@ -22,12 +24,15 @@ def training_arguments(config: Config, precision: Precision, checkpoints: Path, 
     """
     return {
         "dataloader_pin_memory": not on_cpu,
-        **config.trainer.model_dump(),
+        **config.trainer.model_dump(exclude=config.trainer.own_keys),
         "use_cpu": on_cpu,
         "bf16": precision.bf16,
         "fp16": precision.fp16,
         "seed": config.seed,
+        "full_determinism": config.deterministic,
         "output_dir": str(checkpoints),
         "report_to": "none",
         "disable_tqdm": True,
+        "auto_find_batch_size": False,
+        "logging_nan_inf_filter": False,
     }

@@ -9,30 +9,39 @@ from typing import TYPE_CHECKING, Any
 from lora_exp.config import Config
 from lora_exp.engine.base import Engine, Work
 from lora_exp.errors import Problem, UserError
+from lora_exp.quiet import import_quietly
 from lora_exp.reports import console
 from lora_exp.reports.console import TrainingDisplay
 from lora_exp.run_folder import RunFolder
 from lora_exp.search.pruning import SearchTrial
 from lora_exp.tracking.base import ActiveRun
 from lora_exp.training.arguments import training_arguments
-from lora_exp.training.callbacks import Display, MetricsFile, Pruning, SaveAfterEvaluation, TrackerFeed
+from lora_exp.training.callbacks import Display, Leaving, MetricsFile, Pruning, SaveAfterEvaluation, TrackerFeed
+from lora_exp.training.interrupt import Interrupts
+from lora_exp.training.watch import RowNames
 
 if TYPE_CHECKING:
     from lora_exp.data.tokenize import TokenizedData
+    from lora_exp.engine.settings import Forecast
     from lora_exp.models.policy import Policy
 
 
-def choose_engine(config: Config, folder: RunFolder, policy: Policy, data: TokenizedData) -> tuple[Engine, Work]:
+def choose_engine(
+    config: Config, folder: RunFolder, policy: Policy, data: TokenizedData, forecast: Forecast
+) -> tuple[Engine, Work]:
     """Settle what the machine decides: the engine and its micro-batch, gradient checkpointing. Each is said aloud."""
+    import_quietly("transformers.integrations.integration_utils")  # it says so where WANDB_MODE is offline
     from lora_exp.engine.settings import choose_checkpointing
 
     arguments = training_arguments(config, policy.precision, folder.checkpoints, policy.device.type == "cpu")
-    work = Work(policy, config.recipe, arguments, data.longest_row)
+    work = Work(policy, config.recipe, arguments, data.longest_row, forecast)
     engine, line = config.engine.suited_to(work)
     console.say("engine", line)
     wanted = config.trainer.gradient_checkpointing
-    checkpointing = choose_checkpointing(wanted, policy.model, engine.tokens_at_once(work))
+    tokens = engine.choose_tokens(wanted, forecast)
+    checkpointing = choose_checkpointing(wanted, engine.name, tokens.value if tokens else None, forecast)
     arguments["gradient_checkpointing"] = checkpointing.value
+    forecast.require(engine.name, tokens.value if tokens else None, checkpointing.value)
     console.say("memory", f"activations {'recomputed' if checkpointing.value else 'kept'}: {checkpointing.reason}")
     return engine, work
 
@@ -61,6 +70,8 @@ def make_trainer(
         problem = Problem("trainer or recipe", str(error))
         raise UserError(f"{config.recipe.library_class} refuses the config", [problem]) from error
     trainer.remove_callback(PrinterCallback)
+    trainer.zero_loss = config.recipe.zero_loss
+    trainer.rows = RowNames(data, config.recipe.row_kind.answers)
     engine.equip(trainer, work)
     return trainer
 
@@ -80,6 +91,11 @@ def train(trainer: Any, checkpoint: Path | None) -> dict[str, float]:
             if isinstance(callback, Display):
                 callback.display.stop()
     return dict(output.metrics)
+
+
+def leave_on_signal(interrupts: Interrupts, trainer: Any) -> None:
+    """Have a run write a checkpoint and leave where it is asked to; after everyone else has seen the step."""
+    trainer.add_callback(Leaving(interrupts, trainer))
 
 
 def report_to(trial: SearchTrial, trainer: Any, objective: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from lora_exp.data.tokenize import Limits, tokenize_split
 from lora_exp.models.source import locate
+from lora_exp.recipes.sft import with_labels
 from lora_exp.training.samples import Prompt, answer
 from tests.runs import composed, run_in
 
@@ -60,8 +63,6 @@ def test_sft_lowers_the_loss_on_unseen_rows(fetched: str, tmp_path: Path) -> Non
 @pytest.mark.skipif(not ROWS.is_dir(), reason="needs the folder of real rows beside the clone")
 @pytest.mark.parametrize("recipe", ["sft", "dpo"])
 def test_real_rows_are_cut_and_counted(fetched: str, tmp_path: Path, recipe: str) -> None:
-    import json
-
     schedule = ["trainer.max_steps=1", "trainer.eval_strategy=no", "samples.num_prompts=0", "recipe.max_length=256"]
     source = [
         "data=splits",
@@ -76,3 +77,36 @@ def test_real_rows_are_cut_and_counted(fetched: str, tmp_path: Path, recipe: str
         assert split["rows"] == split["kept"] + sum(split["dropped"].values())
         assert split["prompt_lengths"]["max"] <= 128
         assert split["cut_answers"] > 0
+
+
+SAID = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+MARKED = (
+    "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{message['content'] + '<|im_end|>' + '\n'}}{% endgeneration %}{% else %}"
+    "{{message['content'] + '<|im_end|>' + '\n'}}{% endif %}"
+)
+
+
+@pytest.mark.skipif(not ROWS.is_dir(), reason="needs the folder of real rows beside the clone")
+def test_the_loss_of_real_conversations_is_where_trl_has_it(fetched: str) -> None:
+    """Side by side with `assistant_only_loss`, which wants the assistant marked in the model's template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(fetched)
+    assert SAID in tokenizer.chat_template
+    lines = (ROWS / "conversations.dpo.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines]
+    rows = [{"messages": row["prompt"] + row["chosen"]} for row in pairs]
+    ours = with_labels(
+        tokenize_split(rows, ("completion",), tokenizer, Limits(10**6, None, "left"), True, "the rows")[0]
+    )
+    marked = tokenizer.chat_template.replace(SAID, MARKED)
+    turns = 0
+    for row, made in zip(rows, ours, strict=True):
+        theirs = tokenizer.apply_chat_template(
+            row["messages"], chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert made["input_ids"] == theirs["input_ids"]
+        assert [label != -100 for label in made["labels"]] == [bool(each) for each in theirs["assistant_masks"]]
+        turns += sum(message["role"] == "assistant" for message in row["messages"])
+    assert turns > 2 * len(rows)

@@ -66,7 +66,8 @@ def logged_keys(records: list[Any]) -> set[str]:
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
     cwd = tmp_path_factory.mktemp("sweep")
-    done = lora_exp("-m", "recipe=dpo", "recipe.beta=0.05,0.1", "recipe.max_length=128,256", *JOB, cwd=cwd)
+    grid = ["recipe=dpo", "recipe.beta=0.05,0.1", "recipe.max_length=128,256"]
+    done = lora_exp("-m", *grid, *JOB, cwd=cwd, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     return sorted(path.parent for path in cwd.glob("multirun/*/*/*/run.json")), done.stdout + done.stderr
 
@@ -107,6 +108,7 @@ def test_four_jobs_make_four_wandb_runs_of_one_group(sweep: tuple[list[Path], st
 def test_what_the_user_sees_has_no_warning(sweep: tuple[list[Path], str]) -> None:
     _, output = sweep
     assert "Warning" not in output
+    assert "[INFO]" not in output
     assert "kernels" not in output
 
 

@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.compose import Composer
 from lora_exp.config import CONF_DIR, Config, Section
 from lora_exp.library_fields import library_fields
-from lora_exp.recipes.base import Recipe
 from lora_exp.recipes.dpo import DPO
 from lora_exp.recipes.sft import SFT
 from lora_exp.validation import check
@@ -140,7 +139,7 @@ def inherited_by_trl(public_name: str) -> frozenset[str]:
 
 @pytest.mark.parametrize("section", LIBRARY_SECTIONS, ids=lambda section: section.__name__)
 def test_a_key_that_sets_a_librarys_argument_has_the_librarys_name(section: type[Section]) -> None:
-    ours = section.own_keys if issubclass(section, Recipe) else {"target"}
+    ours = getattr(section, "own_keys", {"target"})
     assert section.library_class is not None
     theirs = library_fields(section.library_class) | inherited_by_trl(section.library_class)
     assert set(section.model_fields) - ours <= theirs

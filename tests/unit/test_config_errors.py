@@ -22,14 +22,17 @@ from lora_exp.library_fields import SOURCES, library_fields, nearest
 from lora_exp.recipes.dpo import DPO
 from lora_exp.recipes.sft import SFT
 from lora_exp.rules import Rule, flatten
+from lora_exp.tracking.mlflow import MLflow
 from lora_exp.tracking.none import NoTracker
+from lora_exp.tracking.tensorboard import TensorBoard
+from lora_exp.tracking.trackio import Trackio
 from lora_exp.tracking.wandb import Wandb
 from lora_exp.validation import check
 
 SECTIONS = {
     **{name: [field.annotation] for name, field in Config.model_fields.items() if isinstance(field.annotation, type)},
     "recipe": [SFT, DPO],
-    "tracker": [NoTracker, Wandb],
+    "tracker": [NoTracker, Wandb, TensorBoard, MLflow, Trackio],
 }
 SECTIONS = {name: [each for each in types if issubclass(each, Section)] for name, types in SECTIONS.items()}
 
@@ -67,7 +70,7 @@ def fine(composer: Composer, overrides: list[str]) -> bool:
         (["data.name=en"], "data.name", "belongs to data=hub", "data=hub"),
         (["data.path=json"], "data.path", "belongs to data=hub", "data=hub"),
         (["+recipe.beta=0.1"], "recipe.beta", "belongs to recipe=dpo", "recipe=dpo"),
-        (["tracker=none", "tracker.notes=x"], "tracker.notes", "belongs to tracker=wandb", "tracker=wandb"),
+        (["tracker=none", "tracker.mode=offline"], "tracker.mode", "belongs to tracker=wandb", "tracker=wandb"),
         # A field of the library that our files do not list.
         (["trainer.adam_beta2=0.98"], "trainer.adam_beta2", "no such key", "+trainer.adam_beta2="),
         (["lora.modules_to_save=[x]"], "lora.modules_to_save", "no such key", "+lora.modules_to_save="),
@@ -397,6 +400,32 @@ MISTAKES = [
     (["--config-name", "nowhere"], "nowhere"),
     (["-m", "recipe=dpo", "recipe.beta=interval(0.1,1)"], "recipe.beta"),
 ]
+TRACKERS = {"mlflow": MLflow, "tensorboard": TensorBoard, "trackio": Trackio}
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_whose_package_is_missing_is_told_with_its_install(
+    composer: Composer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tracker: str
+) -> None:
+    assert fine(composer, [f"tracker={tracker}"])
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("no_such_module", "only_a_folder"):
+        monkeypatch.setattr(TRACKERS[tracker], "package", (module, tracker))
+        (problem,) = problems_of(composer, [f"tracker={tracker}"])
+        assert problem.where == "tracker"
+        assert module in problem.what
+        assert problem.mend == f"pip install 'lora_exp[{tracker}]'"
+
+
+def test_each_extra_that_a_message_names_is_one() -> None:
+    packages = [each.package for types in SECTIONS.values() for each in types if each.package]
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    for module, extra in packages:
+        assert re.search(rf'^{extra} = \["{module}', text, re.MULTILINE)
+    assert len(packages) == len(TRACKERS)
+
+
 CPU_LIMIT_S = 1.5
 """The promise is one second; the rest is for slow machines."""
 

@@ -22,8 +22,10 @@ def test_the_mask_lets_through_what_the_blocks_compute(members: list[Family], wi
     sees = flex.Places.of(members, device).mask(window)(None, None, place[:, None], place[None])
     computed = torch.zeros(total, total, dtype=torch.bool)
     for block in Layout(members, device).blocks(window):
-        keys = torch.cat([place[each] for each in block.keys])
-        computed[block.queries] = computed[block.queries].index_copy(1, keys, block.mask == 0)
+        shape = (*block.queries.shape, block.keys.shape[1])
+        seen = (block.mask[:, 0] == 0) & torch.isin(torch.arange(shape[0] * shape[1]), block.real).view(*shape[:2], 1)
+        queries, keys = block.queries[:, :, None].expand(shape), block.keys[:, None].expand(shape)
+        computed[queries[seen], keys[seen]] = True
     assert torch.equal(sees, computed)
 
 

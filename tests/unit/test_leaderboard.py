@@ -103,6 +103,24 @@ def test_far_points_with_other_seeds_are_told_apart(tmp_path: Path) -> None:
     assert board.told_apart
 
 
+@pytest.mark.parametrize(("first_seeds", "test"), [([1, 1], "sign test"), ([1, 11], "permutation test")])
+@pytest.mark.parametrize("seeds", range(2, 8))
+def test_a_difference_that_never_varies_counts_by_its_seeds_only(
+    tmp_path: Path, seeds: int, first_seeds: list[int], test: str
+) -> None:
+    """Two seeds of an accuracy over 32 rows are often equal, by chance; so a spread of 0 is no certainty."""
+    values = [[21 / 32] * seeds, [22 / 32] * seeds]
+    board = leaderboard(read_trials(sweep_of(tmp_path, values, first_seeds)))
+    outcomes = 2**seeds if test == "sign test" else math.comb(2 * seeds, seeds)
+    assert board.told_apart == (2 / outcomes < 0.05)
+    assert test in board.tie
+    assert "± 0" not in board.tie
+
+
+def test_equal_points_are_not_told_apart(tmp_path: Path) -> None:
+    assert not leaderboard(read_trials(sweep_of(tmp_path, [[0.5] * 9, [0.5] * 9]))).told_apart
+
+
 def test_one_run_each_tells_nothing_apart(tmp_path: Path) -> None:
     board = leaderboard(read_trials(sweep_of(tmp_path, [[0.1], [0.9]])))
     assert not board.told_apart

@@ -3,79 +3,66 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lora_exp import machine
 from lora_exp.engine import settings
 
 GIB = 2**30
+CPU = torch.device("cpu")
 
 
-class Model:
-    """A Llama-shaped model of a known size, without weights."""
+@dataclass
+class Forecast:
+    """A run of which each token takes as much as the next, and half where activations are recomputed."""
 
-    device = torch.device("cpu")
+    room: int
+    bytes_per_token: int = 2**20
+    fixed: int = 2**28
+    device: Any = CPU
 
-    def __init__(self, width: int = 512, layers: int = 4) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+    def need(self, engine: str, tokens: int | None, checkpointing: bool) -> int:
+        return self.fixed + (tokens or 4096) * self.bytes_per_token // (2 if checkpointing else 1)
 
-        shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "vocab_size": 64}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-        with torch.device("meta"):
-            self.base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape, **heads))
-
-    def get_base_model(self) -> Any:
-        return self.base
-
-
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def set_free(number: int) -> None:
-        monkeypatch.setattr(settings, "free_memory_bytes", lambda _: number)
-
-    return set_free
+    def require(self, engine: str, tokens: int | None, checkpointing: bool) -> None:
+        raise NotImplementedError
 
 
-def test_where_memory_is_plenty_the_device_is_used_fully(free: Any) -> None:
-    free(100 * GIB)
-    choice = settings.choose_tokens("auto", Model())
-    assert choice.value == settings.TOKENS["cpu"]
+def test_where_memory_is_plenty_the_device_is_used_fully() -> None:
+    choice = settings.choose_tokens("auto", "packed", "auto", Forecast(100 * GIB))
+    assert choice == settings.Choice(settings.TOKENS["cpu"], "more would not be faster")
 
 
-def test_where_memory_is_short_a_microbatch_fits_into_it(free: Any) -> None:
-    model = Model()
-    free(GIB // 8)
-    choice = settings.choose_tokens("auto", model)
-    assert settings.LEAST_TOKENS <= choice.value < settings.TOKENS["cpu"]
-    assert choice.value * settings.bytes_per_token(model) <= GIB // 8
-    assert "128 MiB" in choice.reason
+@given(st.integers(GIB // 2, 2 * GIB), st.integers(2**10, 2**22))
+def test_a_micro_batch_fits_or_is_the_smallest(room: int, size: int) -> None:
+    forecast = Forecast(room, size)
+    tokens = settings.choose_tokens("auto", "packed", "auto", forecast).value
+    fits = forecast.need("packed", tokens, False) <= settings.SHARE * room
+    assert fits or tokens == settings.LEAST_TOKENS
+    more = forecast.need("packed", tokens + 2, False) <= settings.SHARE * room
+    assert tokens == settings.TOKENS["cpu"] or not more
 
 
-def test_what_the_user_sets_stays(free: Any) -> None:
-    free(1)
-    assert settings.choose_tokens(77, Model()).value == 77
-    assert settings.choose_checkpointing(False, Model(), 10**6).value is False
-    free(100 * GIB)
-    assert settings.choose_checkpointing(True, Model(), 1).value is True
+def test_what_is_asked_for_is_taken() -> None:
+    small, large = Forecast(1), Forecast(100 * GIB)
+    assert settings.choose_tokens(77, "packed", "auto", small).value == 77
+    assert settings.choose_checkpointing(False, "packed", 10**6, small).value is False
+    assert settings.choose_checkpointing(True, "packed", 1, large).value is True
 
 
-def test_activations_are_recomputed_only_if_they_do_not_fit(free: Any) -> None:
-    model = Model()
-    need = 1000 * settings.bytes_per_token(model)
-    free(int(need / settings.SHARE) + 1)
-    assert settings.choose_checkpointing("auto", model, 1000).value is False
-    free(int(need / settings.SHARE) - 1000)
-    assert settings.choose_checkpointing("auto", model, 1000).value is True
-
-
-def test_the_estimate_grows_with_depth_and_width() -> None:
-    small = settings.bytes_per_token(Model())
-    assert settings.bytes_per_token(Model(layers=8)) == 2 * small
-    assert settings.bytes_per_token(Model(width=1024)) == 2 * small
+@pytest.mark.parametrize("tokens", [1000, None])
+def test_activations_are_recomputed_only_if_they_do_not_fit(tokens: int | None) -> None:
+    need = Forecast(0).need("packed", tokens, False)
+    enough, too_little = Forecast(int(need / settings.SHARE) + 1), Forecast(int(need / settings.SHARE) - 1000)
+    assert settings.choose_checkpointing("auto", "packed", tokens, enough).value is False
+    assert settings.choose_checkpointing("auto", "packed", tokens, too_little).value is True
 
 
 def test_a_containers_limit_counts_as_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +70,10 @@ def test_a_containers_limit_counts_as_free_memory(tmp_path: Path, monkeypatch: p
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
     assert machine.free_memory_bytes(torch.device("cpu")) == 2_000_000
+    (tmp_path / "memory.stat").write_text("anon 5\nfile 900\ninactive_file 300\nactive_file 200\n")
+    assert machine.free_memory_bytes(torch.device("cpu")) == 2_000_500
+    (tmp_path / "memory.current").write_text("9000000\n")
+    assert machine.free_memory_bytes(torch.device("cpu")) == 0
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.free_memory_bytes(torch.device("cpu")) > 3_000_000
 

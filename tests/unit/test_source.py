@@ -137,6 +137,7 @@ def test_an_embedded_model_is_the_same_each_time_and_draws_from_no_one_elses_see
 def make_adapter(folder: Path, base: str | None = NAME) -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}), encoding="utf-8")
+    (folder / "adapter_model.safetensors").touch()
     return folder
 
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lora_exp.config import CONF_DIR, DataConfig
+from lora_exp.data.encode import BATCH
 from lora_exp.data.kinds import COMPLETION, PREFERENCE, RowKind
 from lora_exp.data.load import load_splits
 from lora_exp.data.split import Split
-from lora_exp.data.tokenize import BATCH, Limits, SplitReport, tokenize_split, use_chat_template
+from lora_exp.data.tokenize import Limits, SplitReport, tokenize_split, use_chat_template
 from lora_exp.models.embedded import build_tokenizer
 
 ENOUGH = Limits(1_000_000, None, "left")

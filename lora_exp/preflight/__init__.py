@@ -1,0 +1,1 @@
+"""Before a run: what it will cost in rows, steps, memory and time, and whether it fits."""

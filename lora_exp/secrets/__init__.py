@@ -1,0 +1,1 @@
+"""Keys, tokens and passwords: refused in the config, masked in every text that leaves the process."""
