@@ -19,12 +19,17 @@ from lora_exp.data.encode import Encoded, Ids, encode_rows
 from lora_exp.data.lengths import RowLengths
 from lora_exp.data.template import Refusals
 from lora_exp.data.token_cache import kept_tokens, token_key
-from lora_exp.errors import Problem, UserError
+from lora_exp.errors import Problem, UserError, count
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from lora_exp.data.split import Split
+
+
+CUT_AWAY, EQUAL_ONCE_CUT = "answer cut away", "answers equal after cutting"
+LOST_TO_LIMITS = (CUT_AWAY, EQUAL_ONCE_CUT)
+"""Why rows are dropped that longer limits would keep."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class SplitReport:
     """Rows with an answer that no special token ends, from which a model does not learn to stop."""
     lengths: RowLengths = field(default_factory=RowLengths)
     """Of every row, before anything was cut."""
+
+    @property
+    def lost_to_limits(self) -> bool:
+        """Whether rows were dropped that longer limits would have kept."""
+        return any(self.dropped[reason] for reason in LOST_TO_LIMITS)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for `data_report.json`, lengths as min, median and max over what was kept."""
@@ -98,9 +108,11 @@ class TokenizedData:
         problems = [
             Problem(
                 report.source,
-                f"none of its {report.rows} rows is left: "
+                f"none of its {count(report.rows, 'row')} is left: "
                 + ", ".join(f"{number} {reason}" for reason, number in report.dropped.items()),
-                "raise recipe.max_length, or lower recipe.max_prompt_length",
+                "raise recipe.max_length, or lower recipe.max_prompt_length"
+                if report.lost_to_limits
+                else "give it rows with answers that differ and are not empty",
             )
             for report in self.reports.values()
             if not report.kept
@@ -273,8 +285,8 @@ def _cut_answers(row: Encoded, room: int) -> Encoded:
 def _nothing_left(completions: list[Ids], short: list[Ids]) -> str | None:
     """Say why a row has nothing to learn from after cutting: an answer is gone, or the answers are the same."""
     if any(not ids for ids in short):
-        return "answer cut away" if all(completions) else "empty answer"
+        return CUT_AWAY if all(completions) else "empty answer"
     if len(short) > 1 and all(ids == short[0] for ids in short[1:]):
         same_before = all(ids == completions[0] for ids in completions[1:])
-        return "answers equal" if same_before else "answers equal after cutting"
+        return "with equal answers" if same_before else EQUAL_ONCE_CUT
     return None

@@ -169,7 +169,7 @@ def test_a_row_whose_answers_are_equal_is_dropped(tokenizer: Any) -> None:
     rows = [row("p", "same", "same"), row("p", "one", "two"), row("p", "same, but longer", "same, but no")]
     done = tokenize(rows, PREFERENCE, tokenizer)
     assert set(done.rows) == {1, 2}
-    assert done.report.dropped == Counter({"answers equal": 1})
+    assert done.report.dropped == Counter({"with equal answers": 1})
 
 
 def test_a_row_whose_answers_part_beyond_the_limit_is_dropped_for_that_reason(tokenizer: Any) -> None:
