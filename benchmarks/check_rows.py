@@ -59,8 +59,8 @@ def measure(path: Path, folder: Path, cache_size: int) -> tuple[float, float, fl
     """Check a file in a process of its own.
 
     Returns:
-        Seconds from its start to its end; seconds that all processors worked; the most MB that it and its children had
-        resident together, by their share of common pages (PSS); the rows.
+        Seconds from its start to its end; seconds that processors worked on it; the most MB that it and its children
+        had resident together, by their share of common pages (PSS); the rows.
     """
     script = folder / "check.py"
     script.write_text(CHECK, encoding="utf-8")
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the files go, 3 GB for a million rows; else temporary")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     arguments = parser.parse_args()
-    console = Console()
+    console, load = Console(), os.getloadavg()[0]
     table = Table(
         "file", "MB", "seconds", "MB/s", "CPU seconds", "peak MB", title=f"{arguments.rows:,} preference rows checked"
     )
@@ -167,12 +167,12 @@ def main() -> None:
             add(suffix, compressed(plain, suffix, copy))
     console.print(table)
     if arguments.write:
-        write(table)
+        write(table, load)
     if arguments.rows <= 1_000_000 and (found[0] > LIMITS["seconds"] or found[1] > LIMITS["memory"]):
         raise SystemExit(f"more than {LIMITS['seconds']:.0f} s or {LIMITS['memory']:,.0f} MB")
 
 
-def write(table: Table) -> None:
+def write(table: Table, load: float) -> None:
     """Write the table as Markdown."""
     import platform
 
@@ -184,6 +184,7 @@ def write(table: Table) -> None:
         "",
         f"{table.title}, from the start of a process to its end; MB/s of plain text; memory of all its processes.",
         f"{usable_cores()} cores, {platform.system()}, Python {platform.python_version()}. "
+        f"Other work on the machine (load {load:.1f} before) makes the seconds longer, not those of the CPU. "
         "`python -m benchmarks.check_rows --write`",
         "",
         "| " + " | ".join(str(column.header) for column in table.columns) + " |",

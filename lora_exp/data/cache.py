@@ -95,7 +95,7 @@ class Cache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 return Path(tempfile.mkdtemp(prefix=DRAFT, dir=self.folder))
             except OSError as error:
-                self._failed(error)
+                self.failed(error)
         return Path(tempfile.mkdtemp(prefix="lora_exp-"))
 
     def keep(self, draft: Path, key: str, facts: dict[str, Any]) -> None:
@@ -113,9 +113,10 @@ class Cache:
                 draft.rename(self.folder / key)
             self._shrink(spare=key)
         except OSError as error:
-            self._failed(error)
+            self.failed(error)
 
-    def _failed(self, error: OSError) -> None:
+    def failed(self, error: OSError) -> None:
+        """Note that something could not be kept."""
         self.failures = [f"rows and token ids are not kept for the next run: {self.folder}: {error.strerror or error}"]
 
     def _shrink(self, spare: str) -> None:

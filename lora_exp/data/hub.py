@@ -148,7 +148,7 @@ class _Source:
                 file.write(as_json)
                 ends.append(file.tell())
             file.flush()
-            rows = Rows.mapped(Path(file.name), ends, digest.name) if ends else Rows(b"", ends, digest.name)
+            rows = Rows.mapped(file, ends, digest.name) if ends else Rows(b"", ends, digest.name)
         return Split(rows, self.name, row_format.name if row_format else "")
 
     def _rows(self) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from array import array
 from collections import deque
 from collections.abc import Iterator
@@ -118,16 +119,24 @@ def read_file(
     entry = cache.find(key) if key else None
     if entry is not None:
         return _kept(path, entry)
+    try:
+        return _read(path, kind, key, cache, block_bytes, usable_cores() if cores is None else cores)
+    except OSError as error:
+        mend = "they need as much room as the file: in $TMPDIR, or in $LORA_EXP_CACHE unless data.cache_size=0"
+        return _unread(path, Problem(str(path), f"its rows cannot be put aside: {error.strerror}", mend))
+
+
+def _read(path: Path, kind: RowKind, key: str | None, cache: Cache, block_bytes: int, cores: int) -> ReadFile:
     with ExitStack() as stack:
-        reading = _Reading(path, kind, cache, stack)
+        reading = _Reading(path, kind, stack, cache if key else None)
         try:
-            reading.read(blocks(path, block_bytes), usable_cores() if cores is None else cores)
+            reading.read(blocks(path, block_bytes), cores)
         except Unreadable as error:
             reading.problems.append(Problem(str(path), error.what, error.mend))
         file = reading.file()
         if key and not file.problems:
             reading.keep(key, file)
-    return file
+        return file
 
 
 def _unread(path: Path, problem: Problem) -> ReadFile:
@@ -137,8 +146,8 @@ def _unread(path: Path, problem: Problem) -> ReadFile:
 class _Reading:
     """What is gathered while a file is read."""
 
-    def __init__(self, path: Path, kind: RowKind, cache: Cache, stack: ExitStack) -> None:
-        self.path, self.kind, self.cache, self.stack = path, kind, cache, stack
+    def __init__(self, path: Path, kind: RowKind, stack: ExitStack, cache: Cache | None) -> None:
+        self.path, self.kind, self.stack, self.cache = path, kind, stack, cache
         self.marks, self.seen, self.digest = Marks(), Sightings(), RowDigest()
         self.problems: list[Problem] = []
         self.bad = 0
@@ -186,12 +195,15 @@ class _Reading:
             self._spilled = self._spill()
 
     def _spill(self) -> IO[bytes]:
-        spilled = self.stack.enter_context((self._draft() / ROWS).open("wb"))
+        # What is not kept has no name, so that nothing is left of it after a kill.
+        target = (self._draft() / ROWS).open("w+b") if self.cache else tempfile.TemporaryFile()  # noqa: SIM115
+        spilled = self.stack.enter_context(target)
         spilled.writelines(self._held)
         self._held = []
         return spilled
 
     def _draft(self) -> Path:
+        assert self.cache is not None
         if self._folder is None:
             self._folder = self.stack.enter_context(self.cache.draft())
         return self._folder
@@ -203,17 +215,21 @@ class _Reading:
         if self._spilled is None:
             rows = Rows(b"".join(self._held), self.marks.ends, self.digest.name)
         else:
-            self._spilled.close()
-            rows = Rows.mapped(Path(self._spilled.name), self.marks.ends, self.digest.name)
+            self._spilled.flush()
+            rows = Rows.mapped(self._spilled, self.marks.ends, self.digest.name)
         return ReadFile(self.path, rows, self.marks, self.seen, self.format, self.problems, self.bad)
 
     def keep(self, key: str, file: ReadFile) -> None:
         """Put it into the cache."""
-        if self._spilled is None:
-            self._spill().close()
+        assert self.cache is not None
+        (self._spilled or self._spill()).flush()
         draft = self._draft()
-        for name, values in _arrays(self.marks).items():
-            (draft / f"{name}.marks").write_bytes(values.tobytes())
+        try:
+            for name, values in _arrays(self.marks).items():
+                (draft / f"{name}.marks").write_bytes(values.tobytes())
+        except OSError as error:
+            self.cache.failed(error)
+            return
         facts = {"seen": file.seen.found, "format": file.format, "digest": file.rows.digest}
         self.cache.keep(draft, key, facts)
 
@@ -232,7 +248,8 @@ def _kept(path: Path, entry: Entry) -> ReadFile:
     marks = Marks()
     for name, values in _arrays(marks).items():
         values.frombytes((entry.folder / f"{name}.marks").read_bytes())
-    rows = Rows.mapped(entry.folder / ROWS, marks.ends, entry.facts["digest"])
+    with (entry.folder / ROWS).open("rb") as file:
+        rows = Rows.mapped(file, marks.ends, entry.facts["digest"])
     seen = Sightings({name: tuple(found) for name, found in entry.facts["seen"].items()})
     return ReadFile(path, rows, marks, seen, entry.facts["format"], from_cache=True)
 

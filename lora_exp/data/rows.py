@@ -5,8 +5,7 @@ from __future__ import annotations
 import mmap
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, overload
 
 from pydantic_core import from_json, to_json
 from xxhash import xxh3_128
@@ -27,10 +26,9 @@ class Rows(Sequence[Row]):
         self._data, self._ends, self.digest = data, ends, digest
 
     @classmethod
-    def mapped(cls, path: Path, ends: array[int], digest: str) -> Rows:
-        """Return the rows of a file, which may be removed afterwards."""
-        with path.open("rb") as file:
-            return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), ends, digest)
+    def mapped(cls, file: IO[bytes], ends: array[int], digest: str) -> Rows:
+        """Return the rows of a file, which may be closed and removed afterwards."""
+        return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), ends, digest)
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -267,7 +267,8 @@ splits = load_splits(config, PREFERENCE)
 data = tokenize_splits(
     splits, PREFERENCE.answers, build_tokenizer(spec), limits, "auto", data_cache(config.cache_size)
 )
-print(sorted(data.kept), data.datasets["train"].to_list(), data.reports)
+reports = {name: (report.as_dict(), report.lengths.as_dict()) for name, report in data.reports.items()}
+print(sorted(data.kept), data.datasets["train"].to_list(), reports)
 """
 
 

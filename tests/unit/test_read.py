@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -230,6 +231,23 @@ def test_a_cache_that_cannot_be_written_costs_a_note_and_no_rows(tmp_path: Path,
     assert facts(read_file(path, PREFERENCE, cache)) == facts(read_file(path, PREFERENCE, NO_CACHE))
     (failure,) = cache.failures
     assert str(cache.folder) in failure
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "not kept"])
+def test_rows_for_which_there_is_no_room_are_told(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """Here because files may have no more than 5,000 bytes; a full disk is told the same way."""
+    path = sound(tmp_path, 1000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+    try:
+        file = read_file(path, PREFERENCE, cache if kept else NO_CACHE, 2_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (problem,) = file.problems
+    assert (problem.where, problem.what) == (str(path), "its rows cannot be put aside: File too large")
+    assert not kept or not any(cache.folder.iterdir())
 
 
 def test_load_splits_reads_large_files_from_the_cache_of_the_config(
