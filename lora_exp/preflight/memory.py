@@ -25,11 +25,11 @@ from lora_exp.preflight.schedule import schedule
 from lora_exp.recipes.divergence import ROWS as DIVERGENCE_ROWS
 
 KERNEL_BYTES = int(0.9 * 2**20)
-"""Of one compiled product in half precision on a processor (`machine.bound_kernel_caches`); measured."""
+"""Of one compiled product in half precision on a processor (`machine.bound_kernel_caches`); fitted to those runs too."""
 
 SLACK = {"packed": 0.25, "padded": 0.65}
 """Of what comes and goes in a step, once more: malloc keeps what was freed, and blocks of a batch of another length do
-not fit into the places of those before. Padded, all blocks change their size together. Measured, by engine."""
+not fit into the places of those before. Fitted to the runs of benchmarks/MEMORY.md, one number an engine."""
 
 STATES = {"adamw": 2, "adam": 2, "adafactor": 0, "sgd": 0, "rmsprop": 1, "lion": 1, "adagrad": 1}
 """Numbers that an optimiser keeps for each trained one, by the beginning of `trainer.optim`."""
