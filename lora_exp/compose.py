@@ -104,10 +104,20 @@ class Composer:
             OmegaConf.to_container(composed.sweep),  # type: ignore[arg-type]
             OmegaConf.to_container(sweeper.get("params") or OmegaConf.create({})),  # type: ignore[arg-type]
             sweeper.get("n_trials"),
+            self._search(sweeper),
             composed.seed,
             folder,
             dated=composed.sweep.name is None and not any(each.startswith("hydra.sweep.dir=") for each in own),
         )
+
+    @staticmethod
+    def _search(sweeper: DictConfig) -> dict[str, Any]:
+        """Return what draws the trials of a search."""
+        if sweeper.get("n_trials") is None:
+            return {}
+        resolved = OmegaConf.to_container(sweeper, resolve=True)
+        assert isinstance(resolved, dict)
+        return {key: resolved[key] for key in ("sampler", "pruner", "storage")}
 
     def _require_drawing_sweeper(self, overrides: list[str], drawn: list[Override]) -> None:
         """Refuse `interval(...)` and the like where the sweeper only takes lists of values."""
@@ -153,7 +163,7 @@ class Composer:
             try:
                 parsed += OverridesParser.create().parse_overrides([override])
             except OverrideParseException as parse_error:
-                what = f"is no override: {str(parse_error).splitlines()[0]}"
+                what = f"is no override: {_grammar(parse_error)}"
                 problems.append(Problem(override, what, "write key=value"))
         try:
             self.defaults = compose(self.config_name, self.extra, return_hydra_config=True)
@@ -225,7 +235,7 @@ class Composer:
         if elsewhere:
             what = f"there is no such key here; it belongs to {' and '.join(elsewhere)}"
             return Problem(key, what, f"add {elsewhere[0]}")
-        return Problem(key, "there is no such key", _suggestion(key, keys))
+        return Problem(key or str(override.input_line), "there is no such key", _suggestion(key, keys))
 
 
 def _each_value_once(parsed: list[Override]) -> list[list[str]]:
@@ -278,6 +288,12 @@ def _container(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def _grammar(error: OverrideParseException) -> str:
+    """Return what Hydra's parser says, less the names of all tokens that it would have taken."""
+    line = str(error).splitlines()[0].partition(" expecting {")[0]
+    return line.replace("mismatched input '<EOF>'", "it ends too soon")
+
+
 def _first_line(error: Exception) -> str:
     cause = error.__cause__
     text = str(cause if isinstance(cause, OmegaConfBaseException) else error)
@@ -285,4 +301,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _problem_of(error: Exception) -> Problem:
-    return Problem("conf", " ".join(line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = str(error).partition("\nConfig search path:")[0]
+    return Problem("conf", " ".join(line.strip() for line in text.splitlines() if line.strip()), "")

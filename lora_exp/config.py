@@ -6,12 +6,14 @@ in strict mode (no "512" for 512) that forbid unknown keys.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from omegaconf import OmegaConf
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ByteSize,
     ConfigDict,
@@ -22,6 +24,7 @@ from pydantic import (
 )
 
 from lora_exp.help_page import help_page
+from lora_exp.library_fields import library_values, one_of
 from lora_exp.rules import Rule
 from lora_exp.sweeps.names import trial_name
 
@@ -126,6 +129,24 @@ class QuantConfig(Section):
     )
 
 
+def _init_of_lora(value: str) -> str:
+    """`pissa_niter_[number of iters]` is how PEFT writes that a number follows."""
+    if re.fullmatch(r"pissa_niter_[1-9]\d*", value):
+        return value
+    return one_of(library_values("peft.LoraConfig.init_lora_weights"), value)
+
+
+def _some_modules(value: list[str] | str) -> list[str] | str:
+    if not value:
+        raise ValueError("auto, or names of layers such as [q_proj,v_proj]")
+    return value
+
+
+LoraInit = Annotated[str, AfterValidator(_init_of_lora)]
+Optimizer = Annotated[str, AfterValidator(lambda value: one_of(library_values("transformers.OptimizerNames"), value))]
+Scheduler = Annotated[str, AfterValidator(lambda value: one_of(library_values("transformers.SchedulerType"), value))]
+
+
 class LoraConfig(Section):
     """conf/lora: the arguments of peft.LoraConfig."""
 
@@ -135,11 +156,11 @@ class LoraConfig(Section):
     r: int = Field(gt=0)
     lora_alpha: float = Field(gt=0)
     lora_dropout: float = Field(ge=0, lt=1)
-    target_modules: list[str] | str
+    target_modules: Annotated[list[str] | str, AfterValidator(_some_modules)]
     bias: Literal["none", "all", "lora_only"]
     use_dora: bool
     use_rslora: bool
-    init_lora_weights: bool | str
+    init_lora_weights: bool | LoraInit
 
     rules = (
         Rule(
@@ -210,11 +231,11 @@ class TrainerConfig(Section):
     num_train_epochs: float = Field(gt=0)
     max_steps: int
     learning_rate: float = Field(ge=0)
-    lr_scheduler_type: str
+    lr_scheduler_type: Scheduler
     warmup_steps: float = Field(ge=0)
     weight_decay: float = Field(ge=0)
     max_grad_norm: float = Field(ge=0)
-    optim: str
+    optim: Optimizer
     gradient_checkpointing: bool | Literal["auto"]
     bf16: bool | Literal["auto"]
     fp16: bool
@@ -354,10 +375,16 @@ class StoreConfig(Section):
         return value
 
 
+def _folder_name(name: str) -> str:
+    if len(name) > 100 or not re.fullmatch(r"\w[\w.,=+-]*", name):
+        raise ValueError("a name for a folder: letters, digits and _ . , = + -, at most 100")
+    return name
+
+
 class SweepConfig(Section):
     """What holds for a multirun as a whole."""
 
-    name: str | None = Field(min_length=1, max_length=100, pattern=r"^\w[\w.,=+-]*$")
+    name: Annotated[str, AfterValidator(_folder_name)] | None = Field(min_length=1)
     axes: list[str]
     variant: str | None
     seeds: int | None = Field(gt=0)
@@ -387,7 +414,7 @@ class Config(Section):
     deterministic: bool = False
     objective: str | Annotated[list[str], Field(min_length=1)] | None
     direction: Way | list[Way] | None
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     resume: str | None
     dry_run: bool = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ REASONS = {
     errno.EPERM: "it may not be written",
     errno.EIO: "the disk failed",
 }
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 NO_NUMBER = ("PytorchStreamWriter", "unexpected pos", "iostream", "I/O error", "os error")
 """In what torch and safetensors raise where a write fails; they keep the system's error number to themselves."""
 
@@ -42,6 +44,8 @@ def writing(what: str, place: Path, run: Path) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         reason = refusal(error, run)
         if reason is None:
@@ -49,6 +53,30 @@ def writing(what: str, place: Path, run: Path) -> Iterator[None]:
         room = f"make room ({_free(run)} free there), then go on" if "full" in reason else "then go on"
         problem = Problem(str(place), reason, f"{room} with resume={run}, or with the sweep's command again")
         raise UserError(f"{what} could not be written, so the run stops", [problem]) from error
+
+
+@contextmanager
+def room_for_files(run: Path) -> Iterator[None]:
+    """Tell of a disk without room wherever a run meets it: a library's cache, a folder for temporary files.
+
+    Args:
+        run: The run's folder.
+
+    Raises:
+        UserError: If a disk has no room.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = refusal(error, run)
+        if reason is None or reason not in [REASONS[number] for number in NO_ROOM]:
+            raise
+        named = error.filename if isinstance(error, OSError) else None
+        place = named or f"{run}, {tempfile.gettempdir()} or a cache folder"
+        problem = Problem(str(place), reason, f"make room, then go on with resume={run}")
+        raise UserError("a file could not be written, so the run stops", [problem]) from error
 
 
 def refusal(error: BaseException, folder: Path) -> str | None:

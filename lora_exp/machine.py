@@ -58,11 +58,14 @@ def free_memory_bytes(device: Any) -> int:
 
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available)
+    available = [int(psutil.virtual_memory().available)]
     limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
-    if limit is None or used is None:
-        return available
-    return max(0, min(available, limit - used + _cgroup_file_cache()))
+    if limit is not None and used is not None:
+        available.append(limit - used + _cgroup_file_cache())
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+    if space != resource.RLIM_INFINITY:
+        available.append(space - psutil.Process().memory_info().vms)
+    return max(0, min(available))
 
 
 def _cgroup_bytes(name: str) -> int | None:
@@ -140,6 +143,17 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
         return  # no glibc: it was not kept
+
+
+def release_memory() -> None:
+    """Give back all that nothing refers to any more, of the process and of the device."""
+    gc.collect()
+    return_freed_memory()
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def device_facts(device: Any) -> dict[str, Any]:
@@ -225,10 +239,4 @@ def isolated_job() -> Iterator[None]:
 
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
-        gc.collect()
-        return_freed_memory()
-        if "torch" in sys.modules:
-            import torch
-
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        release_memory()

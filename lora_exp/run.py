@@ -17,7 +17,7 @@ from lora_exp.data.load import load_splits
 from lora_exp.data.split import Split
 from lora_exp.data.template import use_template
 from lora_exp.data.tokenize import TokenizedData, tokenize_splits
-from lora_exp.disk import writing
+from lora_exp.disk import room_for_files, writing
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned
 from lora_exp.machine import (
@@ -27,6 +27,7 @@ from lora_exp.machine import (
     isolated_job,
     keep_freed_memory,
     peak_memory_bytes,
+    release_memory,
     reset_peak_memory,
     return_freed_memory,
     told_if_nondeterministic,
@@ -191,6 +192,7 @@ def _run_within_memory(config: Config, attempt: Attempt) -> list[float] | None:
             if not config.trainer.auto_find_batch_size or error.smaller is None:
                 raise
             config, change = error.smaller, error.change
+        release_memory()  # now that the error is gone, whose frames held the tensors
         found = newest_checkpoint(attempt.folder.checkpoints)
         where = found.checkpoint.name if found.checkpoint else "the first step"
         console.note(f"memory ran out; again from {where} with {change}")
@@ -218,7 +220,7 @@ def _check_base() -> None:
 
 def _run(config: Config, attempt: Attempt) -> list[float] | None:
     memory = MemoryGuard(config, attempt.folder)
-    with memory.told():
+    with memory.told(), room_for_files(attempt.folder.path):
         return _guarded_run(config, attempt, memory)
 
 

@@ -74,7 +74,7 @@ class RunFolder:
         self.path = path
         self.facts: dict[str, Any] = {}
         self.wall_times: dict[str, float] = {}
-        self.current_stage = "start"
+        self.current_stage = ""
         self._noting = threading.RLock()
 
     @property

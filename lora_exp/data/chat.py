@@ -15,14 +15,11 @@ from typing import Any
 from lora_exp.data.conversations import Messages
 from lora_exp.errors import count
 
-Ids = list[int]
-
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks what the assistant says, for `return_assistant_tokens_mask` (transformers 5.23)."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that templates show beside its content."""
-
 
 BEFORE = "the chat template changes what comes before this message once the message is there"
 AFTER = "the chat template changes this message once more follows, so its tokens in the conversation are not known"
@@ -50,13 +47,13 @@ class Exchange:
         asked: The messages before the first one that is learned from.
         answers: By column; each begins and ends with the assistant's message.
         tools: JSON schemas.
-        whole: Whether the row was one list, so that places are counted through.
+        one_list: Whether the row was one list of messages.
     """
 
     asked: Messages
     answers: dict[str, Messages]
     tools: list[Any] | None = None
-    whole: bool = False
+    one_list: bool = False
 
     @classmethod
     def of(cls, row: Mapping[str, Any], answers: Sequence[str]) -> Exchange:
@@ -70,12 +67,10 @@ class Exchange:
         return cls(_messages("user", row["prompt"]), told, tools)
 
     def place(self, name: str, index: int) -> str:
-        """Return where in the row a message of an answer stands: `messages.3`, `completion.0`."""
-        return f"messages.{len(self.asked) + index}" if self.whole else f"{name}.{index}"
-
-    def asked_place(self, index: int) -> str:
-        """Return where in the row a message of the prompt stands."""
-        return f"{'messages' if self.whole else 'prompt'}.{index}"
+        """Return where in the row a message stands: `messages.3`, `completion.0`; counted from the answer's first."""
+        if self.one_list:
+            return f"messages.{len(self.asked) + index}"
+        return f"{name}.{index}" if index >= 0 else f"prompt.{len(self.asked) + index}"
 
 
 def _messages(role: str, value: str | Messages) -> Messages:
@@ -132,7 +127,7 @@ class ChatTemplate:
         wholes = []
         for name, answer in exchange.answers.items():
             whole = self._text(exchange, exchange.asked + answer)
-            self._require_asked(exchange, answer, whole)
+            self._require_asked(exchange, name, whole)
             _require_said(exchange, name, answer, _after(prompt, whole))
             wholes.append(whole)
         marked = self._marked_template(exchange)
@@ -152,7 +147,7 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             # Templates raise the first on purpose; the others come of a key or a type that they do not expect.
             what = f"the chat template refuses it: {str(error) or type(error).__name__}"
-            raise RefusedError(what, "messages" if exchange.whole else "prompt", "refused") from error
+            raise RefusedError(what, "messages" if exchange.one_list else "prompt", "refused") from error
         assert isinstance(text, str)
         return text
 
@@ -165,25 +160,25 @@ class ChatTemplate:
         if not whole.startswith(prompt) and not whole.startswith(self._text(exchange, exchange.asked)):
             raise RefusedError(BEFORE, exchange.place(name, 0), "rewritten")
 
-    def _require_asked(self, exchange: Exchange, answer: Messages, whole: str) -> None:
+    def _require_asked(self, exchange: Exchange, name: str, whole: str) -> None:
         """Check that the template shows the tools and what the system and the user say."""
         for index, tool in enumerate(exchange.tools or ()):
             if not _shows(whole, tool.get("function", tool)["name"]):
                 raise RefusedError("the chat template leaves out the tools", f"tools.{index}", "left out")
-        for index, message in enumerate(exchange.asked):
+        said = exchange.asked + exchange.answers[name]
+        for index, message in enumerate(said):
             if message["role"] not in ("system", "user") or _shows(whole, message["content"]):
                 continue
             # Some templates read a setting out of it instead of showing it; then another text makes a difference.
-            others = [*exchange.asked]
-            others[index] = {**message, "content": "something else"}
-            if self._text(exchange, others + answer) == whole:
+            other = {**message, "content": "something else"}
+            if self._text(exchange, [*said[:index], other, *said[index + 1 :]]) == whole:
                 what = f"the chat template leaves out what the {message['role']} says"
-                raise RefusedError(what, exchange.asked_place(index), "left out")
+                raise RefusedError(what, exchange.place(name, index - len(exchange.asked)), "left out")
 
     def _marked_template(self, exchange: Exchange) -> str | None:
         """Return the template if it marks what the assistant says and the row has messages that must be told apart."""
         template = self.tokenizer.get_chat_template(tools=exchange.tools)
-        apart = exchange.whole or self._has_turns(exchange)
+        apart = exchange.one_list or self._has_turns(exchange)
         return template if apart and GENERATION.search(template) else None
 
     def _has_turns(self, exchange: Exchange) -> bool:
@@ -286,6 +281,5 @@ def texts(row: Mapping[str, Any], answer: str) -> tuple[str, str]:
 def _words(message: Mapping[str, Any]) -> str:
     calls = [call["function"] for call in message.get("tool_calls") or ()]
     said = [message["content"]] if message.get("content") else []
-    return "\n".join(
-        [*said, *(f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls)]
-    )
+    asked = [f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls]
+    return "\n".join(said + asked)

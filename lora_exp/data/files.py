@@ -249,9 +249,10 @@ def _parquet_blocks(file: IO[bytes], block_bytes: int) -> Iterator[Block]:
         with _for_arrow(file) as copy, parquet.ParquetFile(copy, page_checksum_verification=True) as table:
             sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
             rows = max(1, min(MOST_ROWS, block_bytes * table.metadata.num_rows // max(sum(sizes), 1)))
-            for batch in table.iter_batches(batch_size=rows):
-                yield Block(number, _stream(batch), form="arrow")
-                number += batch.num_rows
+            for group in range(table.num_row_groups):  # one reader of all would hold something of each
+                for batch in table.iter_batches(batch_size=rows, row_groups=[group]):
+                    yield Block(number, _stream(batch), form="arrow")
+                    number += batch.num_rows
     except pyarrow.ArrowException as error:
         raise Unreadable(f"is damaged: {_sentence(error)}", DAMAGED_MEND) from error
 

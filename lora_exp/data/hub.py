@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from lora_exp.config import DataConfig
 from lora_exp.data.formats import RowFormat
 from lora_exp.data.jsonl import SHOWN
 from lora_exp.data.kinds import OtherRecipeError, RowKind
 from lora_exp.data.reasons import reasons
+from lora_exp.data.rows import RowDigest, Rows
 from lora_exp.data.split import Split
 from lora_exp.errors import Problem, UserError, count
 
@@ -52,7 +56,7 @@ def _load_dataset(config: DataConfig, split: str) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(config.path, config.name, data_files=config.data_files, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (ImportError, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = Problem(f"data.path={config.path}", cause, "check data.path, data.name, data.data_files and the splits")
         raise UserError("the data cannot be loaded", [where]) from error
@@ -107,29 +111,44 @@ class _Source:
         there = self.dataset.column_names
         absent = [theirs for theirs in self.columns.values() if theirs not in there]
         if not absent and len(self.dataset):
+            first = next(iter(self._rows()))
             try:
-                row_format = self.kind.recognise(next(iter(self._rows())))
+                row_format = self.kind.recognise(first)
             except OtherRecipeError as error:
                 return [Problem(self.name, str(error))]
             except ValueError as error:
-                return [Problem(self.name, str(error), _mapping(["prompt", *self.kind.answers]))]
+                return [Problem(self.name, str(error), _mapping(self._likely(first)))]
             absent = [name for name in _required(row_format) if name not in self.columns]
         if not absent:
             return []
         what = f"has no column {', '.join(absent)}; it has {', '.join(there)}"
-        return [Problem(self.name, what, _mapping(absent))]
+        return [Problem(self.name, what, _mapping(dict.fromkeys(absent, "...")))]
+
+    def _likely(self, first: dict[str, Any]) -> dict[str, str]:
+        """Return a mapping to propose: the only list to a format of one list, if there is one."""
+        lists = [name for name, value in first.items() if isinstance(value, list)]
+        single = [key for each in self.kind.formats for key in each.row.marks if dict(each.row.marks) == {key: list}]
+        if len(lists) == len(single) == 1:
+            return {single[0]: lists[0]}
+        return dict.fromkeys(["prompt", *self.kind.answers], "...")
 
     def checked(self) -> Split:
-        """Return the rows that are right, and gather what is wrong with the others."""
-        rows: list[dict[str, Any]] = []
-        row_format = None
-        for number, row in enumerate(self._rows(), start=1):
-            row_format = row_format or self.kind.recognise(row)
-            try:
-                rows.append(row_format.row.model_validate(row).columns())
-            except ValidationError as error:
-                stranger = self.kind.stranger(row, row_format)
-                self._bad(number, stranger or reasons(error))
+        """Return the rows that are right, on disk, and gather what is wrong with the others."""
+        ends, digest, row_format = array("Q"), RowDigest(), None
+        with NamedTemporaryFile(prefix="lora_exp-") as file:
+            for number, row in enumerate(self._rows(), start=1):
+                row_format = row_format or self.kind.recognise(row)
+                try:
+                    columns = row_format.row.model_validate(row).columns()
+                except ValidationError as error:
+                    self._bad(number, self.kind.stranger(row, row_format) or reasons(error))
+                    continue
+                as_json = to_json(columns, inf_nan_mode="constants")
+                digest.add(as_json, 1)
+                file.write(as_json)
+                ends.append(file.tell())
+            file.flush()
+            rows = Rows.mapped(Path(file.name), ends, digest.name) if ends else Rows(b"", ends, digest.name)
         return Split(rows, self.name, row_format.name if row_format else "")
 
     def _rows(self) -> Iterator[dict[str, Any]]:
@@ -162,5 +181,6 @@ def _required(row_format: RowFormat) -> list[str]:
     return [name for name, field in row_format.row.model_fields.items() if field.is_required()]
 
 
-def _mapping(columns: Iterable[str]) -> str:
-    return "map ours to theirs: " + " ".join(f"+data.columns.{ours}=..." for ours in columns)
+def _mapping(columns: dict[str, str]) -> str:
+    pairs = (f"+data.columns.{ours}={theirs}" for ours, theirs in columns.items())
+    return f"map ours to theirs: {' '.join(pairs)}"

@@ -7,29 +7,29 @@ otherwise, so that the words next to the answer stay), then each answer at its e
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby, islice
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_exp.data.cache import NO_CACHE, Cache
-from lora_exp.data.chat import ChatTemplate, RefusedError, Rendered, Span
+from lora_exp.data.chat import RefusedError
+from lora_exp.data.encode import Encoded, Ids, encode_rows
 from lora_exp.data.lengths import RowLengths
 from lora_exp.data.template import Refusals
 from lora_exp.data.token_cache import kept_tokens, token_key
-from lora_exp.errors import Problem, UserError
+from lora_exp.errors import Problem, UserError, count
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from lora_exp.data.split import Split
 
-BATCH = 512
-"""Rows that are handed to the tokenizer at a time."""
 
-Ids = list[int]
+CUT_AWAY, EQUAL_ONCE_CUT = "answer cut away", "answers equal after cutting"
+LOST_TO_LIMITS = (CUT_AWAY, EQUAL_ONCE_CUT)
+"""Why rows are dropped that longer limits would keep."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class SplitReport:
     """Rows with an answer that no special token ends, from which a model does not learn to stop."""
     lengths: RowLengths = field(default_factory=RowLengths)
     """Of every row, before anything was cut."""
+
+    @property
+    def lost_to_limits(self) -> bool:
+        """Whether rows were dropped that longer limits would have kept."""
+        return any(self.dropped[reason] for reason in LOST_TO_LIMITS)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for `data_report.json`, lengths as min, median and max over what was kept."""
@@ -103,9 +108,11 @@ class TokenizedData:
         problems = [
             Problem(
                 report.source,
-                f"none of its {report.rows} rows is left: "
+                f"none of its {count(report.rows, 'row')} is left: "
                 + ", ".join(f"{number} {reason}" for reason, number in report.dropped.items()),
-                "raise recipe.max_length, or lower recipe.max_prompt_length",
+                "raise recipe.max_length, or lower recipe.max_prompt_length"
+                if report.lost_to_limits
+                else "give it rows with answers that differ and are not empty",
             )
             for report in self.reports.values()
             if not report.kept
@@ -195,48 +202,6 @@ def _fingerprint(tokenizer: Any) -> tuple[Any, ...]:
     return how, tokenizer.chat_template, tokenizer.eos_token
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A row as token ids.
-
-    Args:
-        prompt: What comes before the first token that is learned from.
-        answers: The rest, for each answer.
-        scored: Of a single answer, 1 for each token that carries the loss and 0 for others; None where all do.
-    """
-
-    prompt: Ids
-    answers: list[Ids]
-    scored: list[int] | None = None
-
-    @property
-    def scored_lengths(self) -> list[int]:
-        """Return how many tokens of each answer carry the loss."""
-        return [len(ids) for ids in self.answers] if self.scored is None else [sum(self.scored)]
-
-    @property
-    def messages(self) -> list[Ids]:
-        """Return the tokens that carry the loss, those that follow one another together."""
-        if self.scored is None:
-            return self.answers
-        runs = groupby(zip(self.answers[0], self.scored, strict=True), key=lambda pair: pair[1])
-        return [[token for token, _ in run] for scored, run in runs if scored]
-
-
-def _special_tokens(tokenizer: Any) -> frozenset[int]:
-    return frozenset([*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids])
-
-
-def _ends(ids: Ids, special: frozenset[int], tokenizer: Any) -> bool:
-    """Whether a special token ends an answer, apart from blanks behind it; TRL asks the same of a template."""
-    for token in reversed(ids[-4:]):
-        if token in special:
-            return True
-        if tokenizer.decode([token]).strip():
-            return False
-    return False
-
-
 def tokenize_split(
     rows: Sequence[Mapping[str, Any]],
     answers: tuple[str, ...],
@@ -258,121 +223,26 @@ def tokenize_split(
     """
     from datasets import Dataset
 
-    report, refusals, special = SplitReport(source, format), Refusals(source, tokenizer), _special_tokens(tokenizer)
+    report, refusals = SplitReport(source, format), Refusals(source, tokenizer)
     columns: dict[str, list[Any]] = {"row": [], "prompt_ids": [], **{f"{name}_ids": [] for name in answers}}
-    masks: list[list[int]] = []
-    gaps = False
-    for row, encoded in enumerate(_encoded(rows, answers, tokenizer, chat_template)):
+    masks: list[list[int] | None] = []
+    for row, encoded in enumerate(encode_rows(rows, answers, tokenizer, chat_template)):
         if isinstance(encoded, RefusedError):
             refusals.add(row, encoded)
             continue
         cut = _cut(encoded, limits, report)
         if cut is None:
             continue
-        report.unended += not all(_ends(ids, special, tokenizer) for ids in encoded.messages)
-        gaps = gaps or cut.scored is not None
-        masks.append(cut.scored or [1] * len(cut.answers[0]))
+        report.unended += not encoded.ended
+        masks.append(cut.scored)
         for column, value in zip(columns.values(), [row, cut.prompt, *cut.answers], strict=True):
             column.append(value)
     if problems := refusals.problems():
         raise UserError(REFUSED, problems)
-    return Dataset.from_dict({**columns, f"{answers[0]}_mask": masks} if gaps else columns), report
-
-
-def _encoded(
-    rows: Sequence[Mapping[str, Any]], answers: tuple[str, ...], tokenizer: Any, chat_template: bool
-) -> Iterator[Encoded | RefusedError]:
-    """Yield each row's token ids, uncut, or why the template does not take it."""
-    template = ChatTemplate(tokenizer, answers) if chat_template else None
-    remaining = iter(rows)
-    while batch := list(islice(remaining, BATCH)):
-        rendered = [_rendered(row, answers, tokenizer, template) for row in batch]
-        texts = [text for each in rendered if isinstance(each, Rendered) for text in (each.prompt, *each.wholes)]
-        spans = any(isinstance(each, Rendered) and each.spans for each in rendered)
-        encodings = iter(_encode(texts, tokenizer, spans and tokenizer.is_fast, add_special_tokens=not chat_template))
-        for each in rendered:
-            yield _parted(each, [next(encodings) for _ in (0, *answers)]) if isinstance(each, Rendered) else each
-
-
-Offsets = list[tuple[int, int]]
-"""For each token where it begins and ends in the text; empty if nobody asked or the tokenizer cannot tell."""
-
-
-def _encode(texts: list[str], tokenizer: Any, places: bool, add_special_tokens: bool) -> list[tuple[Ids, Offsets]]:
-    if not texts:
-        return []
-    made = tokenizer(texts, add_special_tokens=add_special_tokens, return_offsets_mapping=places)
-    offsets = made["offset_mapping"] if places else [[] for _ in texts]
-    return list(zip(made["input_ids"], offsets, strict=True))
-
-
-def _rendered(
-    row: Mapping[str, Any], answers: tuple[str, ...], tokenizer: Any, template: ChatTemplate | None
-) -> Rendered | RefusedError:
-    if template is None:
-        return _verbatim(row, answers, tokenizer)
-    try:
-        return template.render(row)
-    except RefusedError as error:
-        return error
-
-
-def _verbatim(row: Mapping[str, Any], answers: tuple[str, ...], tokenizer: Any) -> Rendered:
-    """Join prompt and answers; an answer ends with the end token."""
-    prompt, end = row["prompt"], tokenizer.eos_token or ""
-    return Rendered(prompt, [f"{prompt}{row[name].removesuffix(end)}{end}" for name in answers], [])
-
-
-def _parted(rendered: Rendered, encodings: Sequence[tuple[Ids, Offsets]]) -> Encoded | RefusedError:
-    """Part a row's prompt from its answers, whose texts were tokenised together with it.
-
-    As TRL 1.16 does it, the prompt and prompt+answer are tokenised as wholes and split where they part: tokens
-    may merge across the boundary, and a template may render the prompt alone differently. A conversation is split at
-    the first token of the assistant's first message.
-    """
-    (prompt, _), *wholes = encodings
-    if not rendered.spans:
-        shared = min(_common_prefix_length(prompt, whole) for whole, _ in wholes)
-        return Encoded(prompt[:shared], [whole[shared:] for whole, _ in wholes])
-    ((whole, offsets),) = wholes
-    try:
-        mask = _mask(offsets, rendered.spans)
-    except RefusedError as error:
-        return error
-    first = mask.index(1)
-    return Encoded(whole[:first], [whole[first:]], None if all(mask[first:]) else mask[first:])
-
-
-def _mask(offsets: Offsets, spans: Sequence[Span]) -> list[int]:
-    """Return 1 for each token of a conversation that belongs to an assistant's message, and 0 for others.
-
-    A token that reaches across the beginning of a message belongs to it, as in an answer that stands alone.
-
-    Raises:
-        RefusedError: If a token reaches across the end of a message, or a message has none.
-    """
-    if not offsets:
-        what = "this tokenizer does not tell where its tokens stand, so that the assistant's cannot be told apart"
-        raise RefusedError(what, spans[0].place, "token")
-    mask = [0] * len(offsets)
-    token = 0
-    for span in spans:
-        while token < len(offsets) and offsets[token][1] <= span.begin:
-            token += 1
-        first = token
-        while token < len(offsets) and offsets[token][0] < span.end:
-            token += 1
-        if token == first:
-            raise RefusedError("the chat template leaves out this message", span.place, "left out")
-        if offsets[token - 1][1] > span.end:
-            raise RefusedError("a token reaches across the end of this message", span.place, "token")
-        mask[first:token] = [1] * (token - first)
-    return mask
-
-
-def _common_prefix_length(first: Ids, second: Ids) -> int:
-    shorter = min(len(first), len(second))
-    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+    if any(masks):
+        told = columns[f"{answers[0]}_ids"]
+        columns[f"{answers[0]}_mask"] = [mask or [1] * len(ids) for mask, ids in zip(masks, told, strict=True)]
+    return Dataset.from_dict(columns), report
 
 
 def _cut(row: Encoded, limits: Limits, report: SplitReport) -> Encoded | None:
@@ -415,8 +285,8 @@ def _cut_answers(row: Encoded, room: int) -> Encoded:
 def _nothing_left(completions: list[Ids], short: list[Ids]) -> str | None:
     """Say why a row has nothing to learn from after cutting: an answer is gone, or the answers are the same."""
     if any(not ids for ids in short):
-        return "answer cut away" if all(completions) else "empty answer"
+        return CUT_AWAY if all(completions) else "empty answer"
     if len(short) > 1 and all(ids == short[0] for ids in short[1:]):
         same_before = all(ids == completions[0] for ids in completions[1:])
-        return "answers equal" if same_before else "answers equal after cutting"
+        return "with equal answers" if same_before else EQUAL_ONCE_CUT
     return None

@@ -25,7 +25,7 @@ from lora_exp.preflight.schedule import schedule
 from lora_exp.recipes.divergence import ROWS as DIVERGENCE_ROWS
 
 KERNEL_BYTES = int(0.9 * 2**20)
-"""Of one compiled product in half precision on a processor (`machine.bound_kernel_caches`); fitted to those runs too."""
+"""Of one compiled product in half precision on a processor (`machine.bound_kernel_caches`); fitted, as `SLACK` is."""
 
 SLACK = {"packed": 0.25, "padded": 0.65}
 """Of what comes and goes in a step, once more: malloc keeps what was freed, and blocks of a batch of another length do

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field
 
 from lora_exp.data.kinds import PREFERENCE
-from lora_exp.library_fields import nearest
+from lora_exp.library_fields import one_of
 from lora_exp.recipes.base import Recipe
 from lora_exp.rules import Rule
 
@@ -29,15 +29,8 @@ SORTING_LOSS_TYPES = {"aot", "aot_unpaired"}
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
-def _one_of(options: tuple[str, ...], value: str) -> str:
-    if value not in options:
-        near = nearest(value, options)
-        raise ValueError(f"one of {', '.join(options)}" + (f" (did you mean {near}?)" if near else ""))
-    return value
-
-
-LossType = Annotated[str, AfterValidator(lambda value: _one_of(LOSS_TYPES, value))]
-FDivergence = Annotated[str, AfterValidator(lambda value: _one_of(F_DIVERGENCES, value))]
+LossType = Annotated[str, AfterValidator(lambda value: one_of(LOSS_TYPES, value))]
+FDivergence = Annotated[str, AfterValidator(lambda value: one_of(F_DIVERGENCES, value))]
 
 
 def loss_types(value: Any) -> list[str]:

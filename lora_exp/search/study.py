@@ -142,11 +142,28 @@ def open_search(
     assert isinstance(sampler, dict)
     named = {str(key): value for key, value in sampler.items()}
     _make("hydra.sweeper.sampler", named)
-    study = _open(
-        sweeper["storage"], sweeper["study_name"], directions, _make("hydra.sweeper.pruner", sweeper["pruner"])
-    )
+    pruner = _make("hydra.sweeper.pruner", sweeper["pruner"])
+    study = _open(sweeper["storage"], sweeper["study_name"], directions, pruner)
     _require_same_axes(study, axes)
     return Search(study, axes, named, sweeper["n_trials"], began)
+
+
+def check_search(sweeper: Mapping[str, Any]) -> None:
+    """Check what a search is made of, with nothing written.
+
+    Args:
+        sweeper: `sampler`, `pruner` and `storage`.
+
+    Raises:
+        UserError: If Optuna takes one of them not. A file of SQLite is looked at when the search opens it.
+    """
+    _make("hydra.sweeper.sampler", sweeper["sampler"])
+    _make("hydra.sweeper.pruner", sweeper["pruner"])
+    if not sweeper["storage"].startswith("sqlite:///"):
+        try:
+            optuna.storages.get_storage(sweeper["storage"])
+        except Exception as error:
+            raise _no_storage(sweeper["storage"], error) from error
 
 
 def _open(storage: str, name: str, directions: Sequence[Direction], pruner: Any) -> optuna.Study:
@@ -157,13 +174,17 @@ def _open(storage: str, name: str, directions: Sequence[Direction], pruner: Any)
             storage=storage, study_name=name, directions=list(directions), pruner=pruner, load_if_exists=True
         )
     except Exception as error:
-        problem = Problem("hydra.sweeper.storage", f"{storage} cannot be opened: {_in_a_line(error)}")
-        raise UserError("the search cannot start", [problem]) from error
+        raise _no_storage(storage, error) from error
     before = [each.name.lower() for each in study.directions]
     if before != list(directions):
         what = f"the study was to {' and '.join(before)}, and is to {' and '.join(directions)} now"
         raise UserError("the search cannot start", [Problem("direction", what, "use another sweep.name=...")])
     return study
+
+
+def _no_storage(storage: str, error: Exception) -> UserError:
+    problem = Problem("hydra.sweeper.storage", f"{storage} cannot be opened: {_in_a_line(error)}")
+    return UserError("the search cannot start", [problem])
 
 
 def _make(key: str, config: Mapping[str, Any]) -> Any:

@@ -26,6 +26,7 @@ class SweepSettings:
         sweep: The group `sweep`.
         params: `hydra.sweeper.params`: axes that the config names.
         n_trials: Trials that a sweeper draws; None: it runs a grid. As the config has it.
+        search: What draws them: `sampler`, `pruner`, `storage`; nothing of a grid.
         seed: The first seed.
         folder: `hydra.sweep.dir`.
         dated: Whether that is a date and a time that nobody chose.
@@ -34,6 +35,7 @@ class SweepSettings:
     sweep: Mapping[str, Any]
     params: Mapping[str, str]
     n_trials: Any
+    search: Mapping[str, Any]
     seed: int
     folder: str
     dated: bool
@@ -64,7 +66,7 @@ def plan_sweep(overrides: list[str], settings: SweepSettings) -> SweepPlan:
     """
     axes = {each.key_or_group: each for each in parsed_where_possible(_with_params(overrides, settings.params))}
     axes = {key: each for key, each in axes.items() if each.is_sweep_override()}
-    problems = [problem for each in axes.values() if (problem := _empty(each))]
+    problems = [problem for each in axes.values() if (problem := _wrong_axis(each))]
     added = []
     seeds = settings.sweep.get("seeds")
     if seeds and "seed" in axes:
@@ -80,6 +82,10 @@ def plan_sweep(overrides: list[str], settings: SweepSettings) -> SweepPlan:
         problems.append(Problem("hydra.sweeper", "there is nothing to search: no key has a range or a choice", mend))
     if problems:
         raise UserError("the sweep cannot be made", problems)
+    if settings.search:
+        from lora_exp.search.study import check_search
+
+        check_search(settings.search)
     names = [*axes, *(["seed"] if seeds else [])]
     added += [f"sweep.axes=[{','.join(names)}]", f"hydra.sweep.dir={quoted(settings.folder)}"]
     size = settings.n_trials or _points(axes.values()) * (seeds or 1)
@@ -104,8 +110,8 @@ def parsed_where_possible(overrides: list[str]) -> list[Override]:
     return parsed
 
 
-def _empty(axis: Override) -> Problem | None:
-    """Say why an axis has no values, if it has none."""
+def _wrong_axis(axis: Override) -> Problem | None:
+    """Say why an axis has no values, or one of them twice, if so."""
     value = axis.value()
     if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
         if value.start > value.end:
@@ -115,10 +121,31 @@ def _empty(axis: Override) -> Problem | None:
             what = f"a logarithmic scale has no {value.start:g}"
             return Problem(axis.key_or_group, what, "begin the interval above 0, or leave tag(log, ...) out")
         return None
-    if axis.is_discrete_sweep() and not list(axis.sweep_string_iterator()):
+    written = list(axis.sweep_string_iterator()) if axis.is_discrete_sweep() else None
+    if written is not None and not written:
         what = f"{str(axis.input_line).partition('=')[2]} holds no value"
         return Problem(axis.key_or_group, what, f"{axis.key_or_group}=0.1,0.3")
+    return _twice(axis.key_or_group, written or [])
+
+
+def _twice(key: str, written: list[str]) -> Problem | None:
+    """Say which value an axis names twice, in the same words or in others: 0.1 and 0.10."""
+    first: dict[str, str] = {}
+    for each in written:
+        value = _plain(each)
+        if value in first:
+            both = each if first[value] == each else f"{first[value]} and {each}"
+            return Problem(key, f"{both}: the same trial twice", "sweep.seeds=2 repeats every point with another seed")
+        first[value] = each
     return None
+
+
+def _plain(written: str) -> str:
+    """Return a value as it is compared: a number whichever way it is written."""
+    try:
+        return repr(float(written))
+    except ValueError:
+        return written
 
 
 def _points(axes: Iterable[Override]) -> int:

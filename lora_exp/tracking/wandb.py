@@ -105,6 +105,8 @@ class Wandb(Tracker):
             if mode != "online":
                 raise
             mode, why = "offline", _remember(str(error).splitlines()[0])
+            wandb.teardown(exit_code=1)  # its process keeps the id of a run that could not be opened
+            wandb.setup(wandb.Settings(silent=True))
             run = self._open(wandb, info, mode, run_id)
         run.define_metric("train/global_step")
         run.define_metric("*", step_metric="train/global_step")

@@ -125,7 +125,9 @@ class Interrupts:
 
     def _interrupted(self, why: str = "") -> Interrupted:
         assert self.signal is not None
-        where = f"at {self.progress}" if self.progress else f"in the stage {self.folder.current_stage}"
+        stage = self.folder.current_stage
+        where = f"in the stage {stage}" if stage else "before it had begun"
+        where = f"at {self.progress}" if self.progress else where
         found = f"from {self.checkpoint.name}" if self.checkpoint else "from the first step"
         return Interrupted(
             f"interrupted by {self.signal} {where}{why}", f"go on {found} with {self.go_on}", STATUS[self.signal]
@@ -147,7 +149,7 @@ class Interrupts:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
             ready, _, _ = select.select([self._reader], [], [], left)
             if not ready:
-                self._leave_now(f", which did not end within {self.grace_seconds:g} s")
+                self._leave_now(f"; the next did not end within {self.grace_seconds:g} s")
             told = os.read(self._reader, 1)
             if told == END:
                 return

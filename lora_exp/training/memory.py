@@ -80,8 +80,8 @@ class MemoryGuard:
     def _explained(self, error: BaseException) -> OutOfMemory:
         options = list(self._options())
         smaller, change = next(((config, change) for config, change in options if config is not None), (None, ""))
-        mends = "\n".join(change for _, change in options)
-        problem = Problem("memory", f"{_wanted(error)}; {self._used()}", f"in order of least harm:\n{mends}")
+        mends = "".join(f"\n      {change}" for _, change in options)
+        problem = Problem("memory", f"{_wanted(error)}; {self._used()}", f"what helps, the least harm first:{mends}")
         return OutOfMemory(f"memory ran out in the stage {self.folder.current_stage}", [problem], smaller, change)
 
     def _used(self) -> str:
@@ -136,4 +136,6 @@ def _wanted(error: BaseException) -> str:
 
 
 def _size(number: float) -> str:
+    if number < 2**20:
+        return f"{number / 2**10:.0f} KiB"
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -76,8 +76,8 @@ class WatchedSteps:
         else:
             return
         step = self.state.global_step + 1  # type: ignore[attr-defined]
-        problems = self.rows.of(self._batches)
-        problems.append(Problem("mend", mend))
+        *problems, last = self.rows.of(self._batches) or [Problem("trainer", "its rows are not known")]
+        problems.append(replace(last, mend=mend))
         raise UserError(f"step {step} cannot be learned from: {what}; the run stops before it", problems)
 
 

@@ -17,6 +17,9 @@ from typing import Any
 
 def preload() -> None:
     """Import what a run would, and compute nothing: threads do not survive a fork."""
+    from lora_exp.quiet import quiet_libraries
+
+    quiet_libraries()
     import bitsandbytes  # noqa: F401
     import datasets  # noqa: F401
     import peft  # noqa: F401

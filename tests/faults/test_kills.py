@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.harness import Moment, Server, Tally, after, outcome, started, when_there
 
-KILLS = int(os.environ.get("LORA_EXP_FAULT_KILLS", "4"))
+KILLS = int(os.environ.get("LORA_EXP_FAULT_KILLS", "3"))
 
 COMMON = [
     "trainer=cpu", "tracker=none", "recipe.max_length=64", "samples.num_prompts=1", "samples.max_new_tokens=4",

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from lora_exp.errors import UserError
+from lora_exp.run_folder import RunFolder
+from lora_exp.training.memory import MemoryGuard, OutOfMemory, is_out_of_memory
+from lora_exp.validation import validate
 from tests.faults.harness import Ended, Server, Tally
 from tests.faults.test_kills import COMMON
+from tests.runs import composed
 
 ROOM = 400 << 20
 """Bytes beyond what the libraries have taken: enough to train in small pieces, not in one."""
@@ -31,6 +35,7 @@ def run(server: Server, cwd: Path, engine: str, *overrides: str, room: int | Non
     return server.run(*LARGE, *ENGINES[engine], *overrides, "output_dir=run", cwd=cwd, limits=limits)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("engine", ENGINES)
 def test_memory_that_runs_out_is_told_with_what_helps(
     server: Server, tally: Tally, tmp_path: Path, engine: str
@@ -48,7 +53,7 @@ def test_memory_that_runs_out_is_told_with_what_helps(
     tally.survive("out of memory")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["packed", pytest.param("padded", marks=pytest.mark.faults)])
 def test_less_at_a_time_is_found_and_the_batch_of_a_step_stays(
     server: Server, tally: Tally, tmp_path: Path, engine: str
 ) -> None:
@@ -69,19 +74,21 @@ def test_less_at_a_time_is_found_and_the_batch_of_a_step_stays(
     tally.survive("out of memory, less at a time")
 
 
-def test_what_cannot_be_made_smaller_ends_the_run(server: Server, tally: Tally, tmp_path: Path) -> None:
-    ended = run(server, tmp_path, "packed", "trainer.auto_find_batch_size=true", room=30 << 20)
-    tally.inject("out of memory, nothing to make smaller")
-    assert ended.status == 2, ended.said
-    assert "memory ran out" in ended.said
-    assert "Traceback" not in ended.said
-    tally.survive("out of memory, nothing to make smaller")
+def test_where_nothing_can_be_smaller_the_rest_of_the_mends_is_told(tmp_path: Path) -> None:
+    """Here the weights themselves do not fit: no engine has been chosen yet."""
+    guard = MemoryGuard(validate(composed([*COMMON, "recipe=sft"])), RunFolder(tmp_path))
+
+    def load() -> None:
+        raise MemoryError
+
+    with pytest.raises(OutOfMemory, match="the weights do not fit") as caught, guard.told():
+        load()
+    assert caught.value.smaller is None
+    assert "quant=8bit" in str(caught.value)
 
 
 def test_each_way_to_say_so_is_known() -> None:
     import torch
-
-    from lora_exp.training.memory import is_out_of_memory
 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)

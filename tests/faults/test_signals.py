@@ -33,7 +33,9 @@ def end_with(server: Server, cwd: Path, harm: dict[str, Moment], *overrides: str
     return server.run(*SFT, *overrides, "output_dir=run", cwd=cwd, folder=cwd / "run", harm=harm)
 
 
-@pytest.mark.parametrize("name", STATUS)
+@pytest.mark.parametrize(
+    "name", [name if name == "SIGTERM" else pytest.param(name, marks=pytest.mark.faults) for name in STATUS]
+)
 def test_a_signal_has_a_checkpoint_written_and_its_status_left(
     server: Server, alone: Path, tally: Tally, random: Random, tmp_path: Path, name: str
 ) -> None:
@@ -55,6 +57,7 @@ def test_a_signal_has_a_checkpoint_written_and_its_status_left(
     tally.survive(f"{name} in a run")
 
 
+@pytest.mark.faults
 def test_an_evaluation_that_is_left_is_made_first_when_the_run_goes_on(
     server: Server, tally: Tally, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -72,6 +75,7 @@ def test_an_evaluation_that_is_left_is_made_first_when_the_run_goes_on(
     tally.survive("SIGTERM in an evaluation")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("second", [None, "SIGINT again"], ids=["time is up", "Ctrl-C twice"])
 def test_a_step_that_does_not_end_is_given_up(server: Server, tally: Tally, tmp_path: Path, second: str | None) -> None:
     # All rows in one step, which takes seconds. The signal comes when the second one has begun.
@@ -90,6 +94,7 @@ def test_a_step_that_does_not_end_is_given_up(server: Server, tally: Tally, tmp_
     tally.survive(kind)
 
 
+@pytest.mark.faults
 def test_before_the_first_step_a_run_leaves_at_once(server: Server, tally: Tally, tmp_path: Path) -> None:
     ended = end_with(server, tmp_path, {"SIGTERM": when_there("run.json", 0.2)}, "samples.max_new_tokens=2000")
     tally.inject("SIGTERM before the first step")
@@ -99,6 +104,7 @@ def test_before_the_first_step_a_run_leaves_at_once(server: Server, tally: Tally
     tally.survive("SIGTERM before the first step")
 
 
+@pytest.mark.faults
 def test_a_sweep_stops_and_the_same_command_goes_on(
     server: Server, tally: Tally, random: Random, tmp_path: Path
 ) -> None:
@@ -122,6 +128,7 @@ def test_a_sweep_stops_and_the_same_command_goes_on(
     tally.survive("SIGTERM in a sweep")
 
 
+@pytest.mark.faults
 def test_a_signal_that_is_ignored_stays_ignored(server: Server, tmp_path: Path) -> None:
     """As nohup has it, and a shell for what it starts in the background."""
     harm = {"SIGHUP": after(2.0)}

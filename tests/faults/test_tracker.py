@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from random import Random
 
@@ -39,7 +40,7 @@ def same(run: StoredRun, folder: Path) -> None:
     assert run.state == "finished"
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize("mode", [pytest.param("online", marks=pytest.mark.faults), "offline"])
 def test_a_killed_run_goes_on_as_one_run_at_wandb(
     server: Server, tally: Tally, random: Random, tmp_path: Path, mode: str
 ) -> None:
@@ -62,3 +63,18 @@ def test_a_killed_run_goes_on_as_one_run_at_wandb(
         same(run, folder)
         assert not wandb.not_understood
     tally.survive(f"killed with W&B {mode}")
+
+
+@pytest.mark.faults
+def test_a_tracker_that_hangs_costs_seconds(server: Server, tally: Tally, tmp_path: Path) -> None:
+    with WandbServer(after_start="silent") as wandb:
+        told_to = {**wandb.environment, "WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_HTTP_TIMEOUT": "2"}
+        began = time.monotonic()
+        waits = ["tracker.init_timeout=5", "tracker.finish_timeout=3"]
+        ended = server.run(*TRACKED, *waits, "output_dir=run", cwd=tmp_path, environment=told_to)
+        tally.inject("tracker that hangs")
+        assert ended.status == 0, ended.said
+        assert "wandb failed" in ended.said
+        assert "wandb sync" in ended.said, "what brings the rest later"
+        assert time.monotonic() - began < 120, "the run itself takes seconds"
+    tally.survive("tracker that hangs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_exp.errors import UserError
+from lora_exp.training.integrity import damage
 from tests.runs import run_in
 
 QUICK = ["tracker=none", "recipe=sft", "samples.num_prompts=0", "recipe.max_length=128", "trainer.logging_steps=1"]
@@ -65,8 +67,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path: Path) -> None:
     whole = run_in(tmp_path / "whole", [*QUICK, *schedule])
     broken = run_in(tmp_path / "broken", [*QUICK, *schedule])
     # As if it had been killed after step 4: the last checkpoint and the result are not there yet.
-    for path in (broken.folder / "checkpoints" / "checkpoint-6").iterdir():
-        path.unlink()
+    shutil.rmtree(broken.folder / "checkpoints" / "checkpoint-6")
     resumed = run_in(broken.folder, [*QUICK, *schedule, f"resume={broken.folder}"])
 
     assert same(adapter(resumed.folder / "adapter"), adapter(whole.folder / "adapter"))
@@ -77,7 +78,33 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path: Path) -> None:
     assert [step for step, _ in losses[1]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_folder_without_a_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = [
+        "trainer.max_steps=6",
+        "trainer.save_strategy=steps",
+        "trainer.save_steps=2",
+        "trainer.eval_strategy=no",
+    ]
+    whole = run_in(tmp_path / "whole", [*QUICK, *schedule])
+    broken = run_in(tmp_path / "broken", [*QUICK, *schedule])
+    checkpoints = broken.folder / "checkpoints"
+    optimizer = checkpoints / "checkpoint-6" / "optimizer.pt"
+    data = bytearray(optimizer.read_bytes())
+    data[len(data) // 2] ^= 1
+    optimizer.write_bytes(data)
+    capsys.readouterr()
+    resumed = run_in(broken.folder, [*QUICK, *schedule, f"resume={broken.folder}"])
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint-6 is damaged: optimizer.pt is not what was written; going on from" in said
+    assert same(adapter(resumed.folder / "adapter"), adapter(whole.folder / "adapter"))
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-4", "checkpoint-6", "damaged-checkpoint-6"}
+    assert damage(checkpoints / "checkpoint-6") is None
+
+
+def test_a_finished_run_without_a_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
     run = run_in(
         tmp_path / "run", [*QUICK, "trainer.max_steps=1", "trainer.save_strategy=no", "trainer.eval_strategy=no"]
     )

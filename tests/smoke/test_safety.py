@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from omegaconf import OmegaConf
 
 from lora_exp.config import CONF_DIR
 from lora_exp.errors import UserError
 from lora_exp.models.embedded import build
+from lora_exp.training.integrity import seal
 from tests.runs import Finished, composed, run_in
 from tests.smoke.test_training import SHORT
 
@@ -32,6 +35,8 @@ PLANTED = {
     "DATABASE_URL": "postgres://me:planted-url-0007@host/db",
 }
 TRAINS = ["recipe.max_length=64", "samples.num_prompts=1", "samples.max_new_tokens=4", "trainer.max_steps=1"]
+TAKEN = ["tracker.notes='with ${oc.env:MY_SERVICE_TOKEN}'", 'tracker.tags=[a,"${oc.env:CLIENT_SECRET}"]']
+"""Secrets that the config takes from the environment."""
 
 
 def lora_exp(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -46,11 +51,11 @@ def lora_exp(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def leaks(folder: Path, done: subprocess.CompletedProcess[str]) -> list[str]:
+def leaks(folder: Path, said: str) -> list[str]:
     """Return where a planted secret stands, in any usual spelling: file names, what is in files, the terminal."""
     texts = {str(path): path.name.encode() + path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert len(texts) > 5
-    texts["the terminal"] = (done.stdout + done.stderr).encode()
+    texts["the terminal"] = said.encode()
     values = [value.rpartition("@")[0].rpartition(":")[2] or value for value in PLANTED.values()]
     spelled = {
         each
@@ -61,18 +66,18 @@ def leaks(folder: Path, done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_no_planted_secret_is_in_anything_that_a_run_writes(tmp_path: Path) -> None:
-    taken = ["tracker.notes='with ${oc.env:MY_SERVICE_TOKEN}'", 'tracker.tags=[a,"${oc.env:CLIENT_SECRET}"]']
-    done = lora_exp("lora_exp", "output_dir=run", *TRAINS, *taken, cwd=tmp_path)
+    done = lora_exp("lora_exp", "output_dir=run", *TRAINS, *TAKEN, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    assert leaks(tmp_path, done) == []
+    assert leaks(tmp_path, done.stdout + done.stderr) == []
     assert "${oc.env:MY_SERVICE_TOKEN}" in (tmp_path / "run" / "config.yaml").read_text()
 
     again = lora_exp("lora_exp.reproduce", "run", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert (tmp_path / "run-reproduced" / ".hydra" / "overrides.yaml").is_file(), "what resume= reads"
     resumed = lora_exp("lora_exp", "resume=run", "trainer.max_steps=2", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert leaks(tmp_path, resumed) == leaks(tmp_path, again) == []
+    assert leaks(tmp_path, resumed.stdout + resumed.stderr + again.stdout + again.stderr) == []
 
 
 @pytest.mark.parametrize(
@@ -86,10 +91,10 @@ def test_no_planted_secret_is_in_anything_that_a_run_writes(tmp_path: Path) -> N
 def test_no_planted_secret_is_in_anything_that_a_failed_run_writes(tmp_path: Path, data: list[str]) -> None:
     rest = ["data=hub", "data.val_split=null", "trainer.eval_strategy=no", "objective=train_loss"]
     done = lora_exp("lora_exp", "output_dir=run", *TRAINS, *data, *rest, cwd=tmp_path)
-    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert "me:${oc.env:DATA_PASSWORD}@" in (tmp_path / "run" / "config.yaml").read_text()
-    assert leaks(tmp_path, done) == []
+    assert leaks(tmp_path, done.stdout + done.stderr) == []
 
 
 def test_no_planted_secret_is_in_an_error_of_the_system(tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_no_planted_secret_is_in_an_error_of_the_system(tmp_path: Path) -> None:
     done = lora_exp("lora_exp", "output_dir=store", "recipe=dpo", *TRAINS, store, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "${oc.env:CLIENT_SECRET}" in done.stderr
-    assert leaks(tmp_path, done) == []
+    assert leaks(tmp_path, done.stdout + done.stderr) == []
 
 
 def test_a_secret_in_the_command_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -134,8 +139,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the embedded model, as one would have downloaded it."""
     folder = tmp_path_factory.mktemp("model")
     embedded = composed([]).model.embedded
-    from omegaconf import OmegaConf
-
     build(OmegaConf.to_container(embedded, resolve=True), folder)  # type: ignore[arg-type]
     return folder
 
@@ -178,16 +181,16 @@ def test_an_adapter_that_is_a_pickle_is_refused_unread(finished: Finished, tmp_p
     assert not (tmp_path / "trapped").exists()
 
 
-def test_a_checkpoint_that_is_a_trap_is_not_sprung(finished: Finished, tmp_path: Path) -> None:
-    import shutil
-
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_is_a_trap_is_not_sprung(finished: Finished, tmp_path: Path, name: str) -> None:
     done = finished("recipe=sft", "quant=none", *SHORT)
     folder = tmp_path / "run"
     shutil.copytree(done.folder, folder)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        (folder / "checkpoints" / "checkpoint-4" / name).write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
+    checkpoint = folder / "checkpoints" / "checkpoint-4"
+    (checkpoint / name).write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
+    seal(checkpoint)  # whoever sets a trap makes the checksums fit
     more = [each for each in done.overrides if not each.startswith("trainer.max_steps")]
-    with pytest.raises(Exception, match=r"(?i)weights.only|damaged|checksum|cannot"):
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
         run_in(folder, [*more, f"resume={folder}", "trainer.max_steps=5"])
     assert not (tmp_path / "trapped").exists()
 
@@ -252,17 +255,20 @@ HOSTILE = "../../../escaped"
 
 @pytest.mark.parametrize("tracker", TRACKERS)
 @pytest.mark.parametrize("keys", [("name", "group"), ("project",)], ids=" ".join)
-def test_no_name_at_a_tracker_leads_out_of_the_run_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, keys: tuple[str, ...]
+def test_no_name_at_a_tracker_leads_out_of_the_run_folder_and_no_tracker_keeps_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, tracker: str, keys: tuple[str, ...]
 ) -> None:
     cwd = tmp_path / "a" / "b" / "c"
     cwd.mkdir(parents=True)
     monkeypatch.chdir(cwd)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name, value in {**PLANTED, "WANDB_MODE": "offline"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("TRACKIO_DIR", str(cwd / "trackio"))
-    names = [f"tracker.{key}={HOSTILE}" for key in keys]
+    names = [f"tracker.{key}={HOSTILE}" for key in keys] + TAKEN
     done = run_in(Path("run"), [f"tracker={tracker}", *names, *TRAINS, "samples.num_prompts=0"])
     assert done.results.run["status"] == "finished"
+    said = capfd.readouterr()
+    assert leaks(tmp_path, said.out + said.err) == []
     paths = (path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
     assert [path for path in paths if "escaped" in path and not path.startswith("a/b/c/run/")] == []
 

@@ -387,7 +387,7 @@ def test_pairs_of_messages_share_their_prompt_and_are_the_whole_conversations(
     row = {"prompt": asked, **{side: [_unthinking(each) for each in told] for side, told in sides.items()}}
     found, report = encoded(row, words, template, PREFERENCE)
     if not found:
-        assert report.dropped == {"answers equal": 1}
+        assert report.dropped == {"with equal answers": 1}
         return
     assert set(found) == {"row", "prompt_ids", "chosen_ids", "rejected_ids"}
     for side in sides:

@@ -161,7 +161,7 @@ def test_visible_text_has_no_control_character_and_loses_nothing_else(text: str)
 def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What the console writes, as to a terminal that knows colours."""
     written = io.StringIO()
-    monkeypatch.setattr(terminal.console, "file", written)
+    monkeypatch.setattr(terminal.console, "_file", written)  # `file` would be set to today's stdout again
     monkeypatch.setattr(terminal.console, "_force_terminal", True)
     return written
 

@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from lora_exp.config import DataConfig
 from lora_exp.data.cache import NO_CACHE
+from lora_exp.data.chat import Exchange
 from lora_exp.data.kinds import COMPLETION, KINDS, PREFERENCE, RowKind
 from lora_exp.data.load import load_splits
 from lora_exp.data.read import read_files
+from lora_exp.data.reasons import reasons
 from lora_exp.errors import UserError
-from tests.rows import ASKED, EXAMPLES, PAIR, Example, assistant
+from tests.rows import ASKED, EXAMPLES, PAIR, Example, assistant, json_values
 
 Write = Callable[..., Path]
 examples = pytest.mark.parametrize("example", EXAMPLES, ids=lambda each: each.name)
@@ -73,6 +76,43 @@ def test_a_file_says_its_format(example: Example, tmp_path: Path, write_jsonl: W
     path = write_jsonl(tmp_path / "rows.jsonl", [example.row, {**example.row, "id": "2"}])
     split = load_splits(DataConfig(train_file=str(path)), example.kind)["train"]
     assert (split.format, len(split.rows)) == (example.name, 2)
+
+
+def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the places of all values inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [here, *(place for key, each in inner for place in places(each, (*here, key)))]
+
+
+def changed(value: Any, place: tuple[Any, ...], other: Any) -> Any:
+    """Return a copy of a JSON value with another value in one place."""
+    if not place:
+        return other
+    copy = value.copy()
+    copy[place[0]] = changed(value[place[0]], place[1:], other)
+    return copy
+
+
+@examples
+@given(data=st.data())
+def test_a_row_with_anything_in_any_place_is_right_or_told_what_is_wrong(example: Example, data: st.DataObject) -> None:
+    row, _ = data.draw(example.drawn)
+    place = data.draw(st.sampled_from(places(row)[1:]))
+    row = changed(row, place, data.draw(json_values | st.sampled_from(["", " ", [], {}, "user", "assistant"])))
+    row_format = example.kind.recognise(row)
+    try:
+        columns, wrong = row_format.row.model_validate(row).columns(), ""
+    except ValidationError as error:
+        columns, wrong = {}, reasons(error)
+    if not columns:
+        assert all(part.partition(": ")[2] for part in wrong.split("; "))
+        return
+    exchange = Exchange.of(columns, example.kind.answers)
+    for answer in exchange.answers.values():
+        assert answer[0]["role"] == answer[-1]["role"] == "assistant"
+    assert exchange.asked
+    assert exchange.asked[-1]["role"] != "assistant"
+    json.dumps(columns)
 
 
 # What is recognised.

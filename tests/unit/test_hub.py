@@ -12,6 +12,7 @@ import pytest
 from lora_exp.config import DataConfig
 from lora_exp.data.kinds import COMPLETION, PREFERENCE, RowKind
 from lora_exp.data.load import load_splits
+from lora_exp.data.rows import Rows
 from lora_exp.data.split import Split
 from lora_exp.errors import Problem, UserError
 from tests.rows import EXAMPLES, Example, Json, assistant, call, says, system, tool, user
@@ -134,6 +135,11 @@ def test_columns_of_no_format_are_told_with_how_to_map_them(read: Read) -> None:
     assert problem.mend == "map ours to theirs: +data.columns.prompt=... +data.columns.completion=..."
 
 
+def test_a_conversation_under_another_name_is_told_with_the_mapping(read: Read) -> None:
+    problem = refusal(read, [{"id": "1", "conversation": EXAMPLES[3].row["messages"]}], COMPLETION)
+    assert problem.mend == "map ours to theirs: +data.columns.messages=conversation"
+
+
 def test_a_mapped_column_that_is_not_there_is_told_with_those_that_are(read: Read) -> None:
     problem = refusal(read, [EXAMPLES[3].row], COMPLETION, columns={"messages": "conversation"})
     assert problem.what == "has no column conversation; it has messages"
@@ -146,3 +152,12 @@ def test_two_formats_in_a_data_set_are_told_with_the_row(read: Read) -> None:
         "json[train]:2",
         "is a messages row, the file began with prompt-completion rows",
     )
+
+
+def test_rows_that_are_held_on_disk_are_found_by_their_number(read: Read) -> None:
+    rows = [{"prompt": f"question {number}", "completion": "x" * 1000} for number in range(2000)]
+    split = read(rows, COMPLETION, "parquet")
+    assert len(split.rows) == len(rows)
+    assert split.rows[-1] == rows[-1]
+    assert isinstance(split.rows, Rows)
+    assert split.rows == rows

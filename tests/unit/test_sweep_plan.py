@@ -129,6 +129,9 @@ def test_a_sweep_in_use_is_refused() -> None:
     assert "another command is running this sweep" in refused("sweep.name=grid", "recipe.max_length=128,256")
 
 
+SEARCH = ["hydra/sweeper=optuna", "recipe=dpo", "recipe.beta=interval(0.1,1)"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -136,7 +139,14 @@ def test_a_sweep_in_use_is_refused() -> None:
         (["hydra/sweeper=basic", "recipe.max_length=range(300,100)"], "holds no value"),
         (["trainer.learning_rate=" + ",".join(f"{n}e-5" for n in range(1, 202))], "sweep.confirm=true"),
         (["sweep.seeds=2", "seed=1,2"], "seed is swept already"),
-        (["sweep.name=../elsewhere"], "sweep.name"),
+        (["sweep.name=../elsewhere"], "sweep.name: should be a name for a folder"),
+        (["seed=1,2,1"], "seed: 1: the same trial twice"),
+        (["recipe=dpo", "recipe.beta=1,1.0"], "recipe.beta: 1 and 1.0: the same trial twice"),
+        (["recipe=dpo", "recipe.beta=0.1,"], "is no override: it ends too soon"),
+        ([*SEARCH, "hydra.sweeper.storage=mysql://nowhere"], "hydra.sweeper.storage: mysql://nowhere cannot be opened"),
+        ([*SEARCH, "+hydra.sweeper.sampler.nonsense=1"], "hydra.sweeper.sampler: "),
+        ([*SEARCH, "+hydra.sweeper.pruner.nonsense=1"], "hydra.sweeper.pruner: "),
+        ([*SEARCH, "hydra/sweeper/sampler=nonsense"], "options in 'hydra/sweeper/sampler': random tpe"),
         (["sweep.name=.."], "sweep.name"),
         (["quant=4bit,none", "tracker.project=a,b"], "tracker.project: changes no result"),
         (["recipe=dpo", "recipe.discopop_tau=0.1,0.2"], "loss_type=sigmoid does not use it"),
@@ -146,4 +156,4 @@ def test_a_sweep_in_use_is_refused() -> None:
 )
 def test_what_is_no_sweep_is_told_before_anything_starts(overrides: list[str], said: str, tmp_path: Path) -> None:
     assert said in refused(*overrides)
-    assert not list(tmp_path.glob("multirun/*/*/*"))
+    assert not list(tmp_path.iterdir())

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lora_exp.config import CONF_DIR, DataConfig
+from lora_exp.data.encode import BATCH
 from lora_exp.data.kinds import COMPLETION, PREFERENCE, RowKind
 from lora_exp.data.load import load_splits
 from lora_exp.data.split import Split
-from lora_exp.data.tokenize import BATCH, Limits, SplitReport, tokenize_split, use_chat_template
+from lora_exp.data.tokenize import Limits, SplitReport, tokenize_split, use_chat_template
 from lora_exp.models.embedded import build_tokenizer
 
 ENOUGH = Limits(1_000_000, None, "left")
@@ -168,7 +169,7 @@ def test_a_row_whose_answers_are_equal_is_dropped(tokenizer: Any) -> None:
     rows = [row("p", "same", "same"), row("p", "one", "two"), row("p", "same, but longer", "same, but no")]
     done = tokenize(rows, PREFERENCE, tokenizer)
     assert set(done.rows) == {1, 2}
-    assert done.report.dropped == Counter({"answers equal": 1})
+    assert done.report.dropped == Counter({"with equal answers": 1})
 
 
 def test_a_row_whose_answers_part_beyond_the_limit_is_dropped_for_that_reason(tokenizer: Any) -> None:
