@@ -24,12 +24,12 @@ from lora_exp.preflight.model_passes import ModelPasses
 from lora_exp.preflight.schedule import schedule
 from lora_exp.recipes.divergence import ROWS as DIVERGENCE_ROWS
 
-KERNEL_BYTES = int(0.75 * 2**20)
-"""Of one compiled product in half precision on a processor (`machine.bound_kernel_caches`); measured."""
+KERNEL_BYTES = int(0.9 * 2**20)
+"""Of one compiled product in half precision on a processor (`machine.bound_kernel_caches`); fitted, as `SLACK` is."""
 
-SLACK = 0.2
-"""Of what comes and goes in a step, once more: malloc keeps what was freed, and a micro-batch of other lengths does not
-fit into the places of the one before; measured with few compiled products kept. A GPU's peak counts none of it."""
+SLACK = {"packed": 0.25, "padded": 0.65}
+"""Of what comes and goes in a step, once more: malloc keeps what was freed, and blocks of a batch of another length do
+not fit into the places of those before. Fitted to the runs of benchmarks/MEMORY.md, one number an engine."""
 
 STATES = {"adamw": 2, "adam": 2, "adafactor": 0, "sgd": 0, "rmsprop": 1, "lion": 1, "adagrad": 1}
 """Numbers that an optimiser keeps for each trained one, by the beginning of `trainer.optim`."""
@@ -164,7 +164,7 @@ class Memory:
             Item("output layer", passes.peak - passes.kept + widened, "and what else lives for a moment"),
         ]
         if self.device.type == "cpu":
-            slack = int(SLACK * sum(item.size for item in passing[1:]))
+            slack = int(SLACK[way.engine] * sum(item.size for item in passing[1:]))
             passing.append(Item("heap", slack, "freed, and not to be used again"))
         before = sum(item.size for item in lasting)
         stages = {name: before + widened + size for name, size in self._forward_stages(batch, way).items()}
@@ -258,10 +258,18 @@ class Memory:
         if self.device.type != "cpu" or self.precision.dtype == "float32":
             return 0
         trainer = self.config.trainer
-        examples = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
-        tokens = float(self.rows.train.sum(axis=1).mean()) * examples
-        batches = trainer.gradient_accumulation_steps if way.tokens is None else math.ceil(tokens / way.tokens)
-        return int(min(KERNELS, passes.products * batches * self.rows.steps)) * KERNEL_BYTES
+        summed, steps = trainer.gradient_accumulation_steps, self.rows.steps
+        if way.tokens is None:
+            batches = summed * steps
+        else:
+            sizes = self.rows.train.sum(axis=1)
+            step = float(sizes.mean()) * trainer.per_device_train_batch_size * summed
+            batches = math.ceil(step / way.tokens) * steps
+            batches += math.ceil(sizes.sum() / way.tokens) if self.config.recipe.needs_reference else 0
+        if self.rows.val is not None:
+            batches += math.ceil(len(self.rows.val) / trainer.per_device_eval_batch_size)
+            batches += DIVERGENCE_ROWS if self.config.recipe.needs_reference else 0
+        return int(min(KERNELS, passes.products * batches)) * KERNEL_BYTES
 
     def _base_text(self) -> str:
         whole = self._model.whole

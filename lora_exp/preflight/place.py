@@ -20,7 +20,7 @@ USUAL_PROCESS = 600 * 2**20
 """Python with torch, transformers, TRL and PEFT, before any weights; where this machine has not measured it yet."""
 
 FIRST_STEP = 25 * 2**20
-"""What trainer, loader and the code that only a first step reaches take beside it; measured on the embedded model."""
+"""What trainer, data loader and the code of a first step take beside it; measured on the embedded model."""
 
 LIBRARIES = ("lora_exp.recipes.trl", "peft", "bitsandbytes", "lora_exp.training.callbacks")
 """What every run imports before its first step."""
