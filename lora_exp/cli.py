@@ -81,12 +81,21 @@ def _without_plus(override: str) -> str:
 
 
 def _check_run(composer: Composer, overrides: list[str]) -> DictConfig:
-    """Compose and check a single run, and return its config; its folder must be free, and able to be written."""
+    """Compose and check a single run, and return its config.
+
+    What it goes on from must be there, and its folder free and able to be written.
+    """
     from lora_exp.disk import unwritable
+    from lora_exp.models.source import adapter_dir, local_dir
     from lora_exp.run_folder import holds_run, links_out, taken
     from lora_exp.run_lock import hold
+    from lora_exp.validation import validate
 
     composed = composer.compose(overrides, check_values=True)
+    model = validate(composed).model
+    if model.embedded is None:
+        local_dir(model)
+    adapter_dir(model)
     if composed.dry_run:
         return composed
     # Said here too, because Hydra writes to the folder before the run itself can look.

@@ -235,7 +235,7 @@ class Composer:
         if elsewhere:
             what = f"there is no such key here; it belongs to {' and '.join(elsewhere)}"
             return Problem(key, what, f"add {elsewhere[0]}")
-        return Problem(key, "there is no such key", _suggestion(key, keys))
+        return Problem(key or str(override.input_line), "there is no such key", _suggestion(key, keys))
 
 
 def _each_value_once(parsed: list[Override]) -> list[list[str]]:

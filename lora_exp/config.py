@@ -414,7 +414,7 @@ class Config(Section):
     deterministic: bool = False
     objective: str | Annotated[list[str], Field(min_length=1)] | None
     direction: Way | list[Way] | None
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     resume: str | None
     dry_run: bool = False
 

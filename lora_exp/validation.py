@@ -183,6 +183,8 @@ def _expected(item: Any) -> str:
     """Return the noun of pydantic's `Input should be a valid integer`, in the words of a config file."""
     if item["type"] in ("model_type", "dict_type", "mapping_type"):
         return "a group of keys"
+    if item["type"] == "too_short":
+        return "a list that is not empty"
     message: str = item["msg"]
     return message.removeprefix("Input should be ").removeprefix("a valid ")
 

@@ -138,7 +138,9 @@ def mlflow(folder: Path) -> Record:
     (run,) = client.search_runs([experiment.experiment_id], f"tags.folder = '{folder}'")
     record = Record(config=dict(run.data.params), status=run.data.tags["status"], ending=run.info.status)
     for name in run.data.metrics:
-        for each in client.get_metric_history(run.info.run_id, name):
+        history = client.get_metric_history(run.info.run_id, name)
+        record.events[name] = [(each.step, each.value) for each in history]
+        for each in history:
             if name.startswith(("train/", "eval/")):
                 record.history[name, each.step] = each.value
             else:
@@ -173,6 +175,7 @@ def trackio(folder: Path) -> Record:
                 record.tables[name] = [text(each) for each in value["_value"]]
             elif name.startswith(("train/", "eval/")):
                 record.history[name, row["step"]] = value
+                record.events.setdefault(name, []).append((row["step"], value))
             elif name.startswith("summary/"):
                 record.summary[name.partition("/")[2]] = value
     manifest = SQLiteStorage.get_artifact_manifest("lora_exp", f"adapter-{run.id}", "latest")

@@ -56,7 +56,7 @@ def _load_dataset(config: DataConfig, split: str) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(config.path, config.name, data_files=config.data_files, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (ImportError, OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = Problem(f"data.path={config.path}", cause, "check data.path, data.name, data.data_files and the splits")
         raise UserError("the data cannot be loaded", [where]) from error

@@ -57,6 +57,18 @@ def locate(config: ModelConfig) -> str:
     Raises:
         UserError: If there is no such folder, or the hub cannot be reached and its cache lacks the model.
     """
+    folder = local_dir(config)
+    if folder is None:
+        _ask_hub(config)
+    return folder or config.pretrained_model_name_or_path
+
+
+def local_dir(config: ModelConfig) -> str | None:
+    """Return the fetched folder, or the one that the config names; None where the name is one of the hub.
+
+    Raises:
+        UserError: If there is no such folder, or no model that may be read in it.
+    """
     name = config.pretrained_model_name_or_path
     if (fetched_dir(config) / "config.json").is_file():
         return str(fetched_dir(config))
@@ -67,8 +79,7 @@ def locate(config: ModelConfig) -> str:
         return name
     if name.startswith((".", "/", "~")):
         raise _not_found(config, f"there is no folder {name}")
-    _ask_hub(config)
-    return name
+    return None
 
 
 def _require_safetensors(folder: Path, key: str, what: str, convert: str) -> None:

@@ -11,7 +11,7 @@ import logging
 import netrc
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -58,6 +58,9 @@ SHAPES = re.compile(
 FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)\s*\}")
 """OmegaConf's way of writing a variable of the environment, without a default."""
 
+INTERPOLATION = re.compile(r"(\\*)(\$\{oc\.env:\w+\}|\$\{)")
+"""What OmegaConf would resolve, and the backslashes before it, of which it takes two for one."""
+
 
 def is_secret_name(name: str) -> bool:
     """Whether a variable of the environment, or a key of the config, holds a secret by its name."""
@@ -71,19 +74,22 @@ def masked(value: Any) -> Any:
 
 def masked_config(composed: DictConfig) -> DictConfig:
     """Return a config with every interpolation resolved but those that bring a secret; read back, it is the same."""
-    resolved = OmegaConf.to_container(composed, resolve=True)
-    written = OmegaConf.create(masked(_escaped(resolved)))
+    resolved = masked(OmegaConf.to_container(composed, resolve=True))
+    written = OmegaConf.create(_escaped(resolved, set(environment_secrets().values())))
     assert isinstance(written, DictConfig)
     return written
 
 
-def _escaped(value: Any) -> Any:
-    """Write `${` that means itself, in a chat template say, as OmegaConf reads it back."""
+def _escaped(value: Any, masks: Collection[str]) -> Any:
+    """Write `${` that means itself, in a chat template say, as OmegaConf reads it back; masks stay interpolations."""
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        return INTERPOLATION.sub(
+            lambda found: found[1] * 2 + ("" if found[2] in masks else "\\") + found[2],
+            value,
+        )
     if isinstance(value, Mapping):
-        return {key: _escaped(item) for key, item in value.items()}
-    return [_escaped(item) for item in value] if isinstance(value, list) else value
+        return {key: _escaped(item, masks) for key, item in value.items()}
+    return [_escaped(item, masks) for item in value] if isinstance(value, list) else value
 
 
 def safe(text: str) -> str:
@@ -93,8 +99,10 @@ def safe(text: str) -> str:
 
 def _masked(value: Any, known: Mapping[str, str]) -> Any:
     if isinstance(value, str):
-        for secret in sorted(known, key=len, reverse=True):  # one may hold another
-            value = value.replace(secret, known[secret])
+        # The longest first, as one may hold another; all in one pass, as one may stand in another's mask.
+        ordered = sorted((each for each in known if each in value), key=len, reverse=True)
+        if ordered:
+            value = re.sub("|".join(map(re.escape, ordered)), lambda found: known[found[0]], value)
         return SHAPES.sub(_mask, value)
     if isinstance(value, Mapping):
         return {key: _masked(item, known) for key, item in value.items()}

@@ -52,6 +52,8 @@ class Failures:
             if self._multirun() and _written_since(folder / "run.json", begun):
                 tell(folder.parent)
                 self.told = True
+        if stop_at_first and self._multirun():
+            print("error: the sweep stops at its first failed trial: sweep.fail_fast=true", file=sys.stderr)  # noqa: T201
         if stop_at_first or not self._multirun():
             raise SystemExit(self.status)
         return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from lora_exp.reports.console import note
@@ -23,12 +25,12 @@ def log_leaderboard(folder: Path, board: Leaderboard) -> None:
     best = board.best
     if best is None:
         return
-    config = OmegaConf.to_container(OmegaConf.load(best.best.folder / "config.yaml"))
-    assert isinstance(config, dict)
-    section = config["tracker"]
+    config = OmegaConf.load(best.best.folder / "config.yaml")
     try:
+        # A secret stands there as the variable that it came from.
+        section: Any = OmegaConf.to_container(OmegaConf.select(config, "tracker"), resolve=True)
         tracker = get_class(section["_target_"]).model_validate(section)  # type: ignore[attr-defined]
-    except ValidationError:  # a trial of an earlier version, which had other keys
+    except (ValidationError, OmegaConfBaseException):  # a trial of an earlier version, which had other keys
         note(f"the leaderboard is not at the tracker: {best.best.folder}/config.yaml is of another version")
         return
     assert isinstance(tracker, Tracker)

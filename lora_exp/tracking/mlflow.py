@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 from lora_exp.rules import flatten
 from lora_exp.run_folder import to_json
+from lora_exp.secrets.masking import masked
 from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker, by_split, environment
+from lora_exp.tracking.kept import kept_id, logged_before
 
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}
 """As MLflow's own storage for Optuna translates them."""
@@ -29,6 +32,8 @@ VARIABLES = {
 }
 MOST_PARAMS = 100
 """What one call takes."""
+KEY = "lora_exp_run"
+"""The tag that a run is found by where it goes on: MLflow's own id is not ours to choose."""
 NOTES = "mlflow.note.content"
 """The tag that the interface shows as a run's description."""
 
@@ -42,6 +47,8 @@ class MLflowRun(ActiveRun):
         self.where = where
         self.log_adapter = log_adapter
         self.step = 0
+        self.known: set[tuple[str, int]] = set()
+        """Names and steps that MLflow has from before a stop; it would keep them twice."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics under their section: `train/loss`, `eval/loss`."""
@@ -79,8 +86,9 @@ class MLflowRun(ActiveRun):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
+        new = {name: value for name, value in values.items() if (name, self.step) not in self.known}
         with _quietly():
-            self.client.log_batch(self.run_id, [Metric(name, value, now, self.step) for name, value in values.items()])
+            self.client.log_batch(self.run_id, [Metric(name, value, now, self.step) for name, value in new.items()])
 
 
 class MLflow(Tracker):
@@ -91,18 +99,33 @@ class MLflow(Tracker):
     tracking_uri: str | None
 
     def start(self, info: RunInfo) -> ActiveRun:
-        """Open a run in the experiment that is named as the project."""
+        """Open a run in the experiment that is named as the project, or again the one that goes on."""
+        key = kept_id(info, self.label, uuid.uuid4().hex)
         with _quietly():
             import mlflow
 
             client = mlflow.MlflowClient(self.tracking_uri or mlflow.get_tracking_uri())
-            run = client.create_run(self._experiment(client), tags=self._tags(info), run_name=self.name or info.name)
-            run_id = run.info.run_id
-            params = _params(info)
-            for first in range(0, len(params), MOST_PARAMS):
-                client.log_batch(run_id, params=params[first : first + MOST_PARAMS])
-        where = self.where_to_look(f"mlflow, experiment {self.project} in {client.tracking_uri}")
-        return MLflowRun(client, run_id, where, self.log_adapter)
+            experiment = self._experiment(client)
+            found = client.search_runs([experiment], f"tags.{KEY} = '{key}'") if info.goes_on else []
+            run_id = found[0].info.run_id if found else self._new_run(client, experiment, info, key)
+        where = self.where_to_look(f"mlflow, experiment {self.project} in {masked(client.tracking_uri)}")
+        active = MLflowRun(client, run_id, where, self.log_adapter)
+        if found:
+            with _quietly():
+                client.update_run(run_id, status="RUNNING")
+                histories = (client.get_metric_history(run_id, name) for name in found[0].data.metrics)
+                active.known = {(each.key, each.step) for history in histories for each in history}
+        for step, metrics in logged_before(info):
+            active.log(metrics, step)
+        return active
+
+    def _new_run(self, client: Any, experiment: str, info: RunInfo, key: str) -> str:
+        tags = {**self._tags(info), KEY: key}
+        run_id = str(client.create_run(experiment, tags=tags, run_name=self.name or info.name).info.run_id)
+        params = _params(info)
+        for first in range(0, len(params), MOST_PARAMS):
+            client.log_batch(run_id, params=params[first : first + MOST_PARAMS])
+        return run_id
 
     def _experiment(self, client: Any) -> str:
         """Return the experiment's id; two runs may make it at the same time."""

@@ -15,6 +15,7 @@ from typing import Any
 from lora_exp.rules import flatten
 from lora_exp.run_folder import to_json
 from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker, by_split
+from lora_exp.tracking.kept import logged_before
 
 FOLDER = "tensorboard"
 OBJECTIVE = "summary/objective"
@@ -23,16 +24,13 @@ OBJECTIVE = "summary/objective"
 class TensorBoardRun(ActiveRun):
     """One folder of event files."""
 
-    def __init__(self, writer: Any, where: str, goes_on: bool) -> None:
+    def __init__(self, writer: Any, where: str) -> None:
         self.writer = writer
         self.where = where
-        self.goes_on = goes_on
         self.step = 0
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Write scalars under their section: `train/loss`, `eval/loss`; on disk when this returns."""
-        if self.goes_on:
-            self._forget_from(step)
         self.step = step
         for name, value in by_split(metrics).items():
             self.writer.add_scalar(name, value, step)
@@ -57,13 +55,6 @@ class TensorBoardRun(ActiveRun):
         self.writer.file_writer.add_summary(_session_end(status))
         self.writer.close()
 
-    def _forget_from(self, step: int) -> None:
-        """Have TensorBoard leave out what a run wrote behind the checkpoint that it goes on from."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        self.goes_on = False
-        self.writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step)
-
 
 class TensorBoard(Tracker):
     """conf/tracker/tensorboard.yaml."""
@@ -73,14 +64,15 @@ class TensorBoard(Tracker):
     without_place = {("log_adapter",): "TensorBoard keeps no files, the adapter is in the run folder only"}
 
     def start(self, info: RunInfo) -> ActiveRun:
-        """Open event files in the run folder, beside those of the run that this one goes on with."""
+        """Open an event file in the run folder; where the run goes on it is written anew from the first line."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the imports: nobody here can act on them
             from torch.utils.tensorboard import SummaryWriter
             from torch.utils.tensorboard.summary import hparams
 
         folder = info.folder / FOLDER
-        goes_on = folder.is_dir()
+        for earlier in folder.glob("events.out.tfevents.*"):
+            earlier.unlink()
         writer = SummaryWriter(str(folder), flush_secs=10)
         about = {
             "project": self.project,
@@ -96,7 +88,10 @@ class TensorBoard(Tracker):
         for each in hparams(_hyperparameters(info), {OBJECTIVE: None})[:2]:  # the third would say that it ended well
             writer.file_writer.add_summary(each)
         above = folder.parent.parent if info.group else folder.parent
-        return TensorBoardRun(writer, self.where_to_look(f"tensorboard --logdir {above}"), goes_on)
+        active = TensorBoardRun(writer, self.where_to_look(f"tensorboard --logdir {above}"))
+        for step, metrics in logged_before(info):
+            active.log(metrics, step)
+        return active
 
 
 def _hyperparameters(info: RunInfo) -> dict[str, Any]:

@@ -7,6 +7,7 @@ runs are made of its `Run` directly instead.
 from __future__ import annotations
 
 import io
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker, by_split
+from lora_exp.tracking.kept import kept_id, logged_before
 
 
 class TrackioRun(ActiveRun):
@@ -24,12 +26,16 @@ class TrackioRun(ActiveRun):
         self.where = where
         self.log_adapter = log_adapter
         self.step = 0
+        self.known: set[tuple[str, int]] = set()
+        """Names and steps that Trackio has from before a stop; it would keep them twice."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers under their section: `train/loss`, `eval/loss`."""
         self.step = step
-        with _heard(self.run):
-            self.run.log(by_split(metrics), step)
+        new = {name: value for name, value in by_split(metrics).items() if (name, step) not in self.known}
+        if new:
+            with _heard(self.run):
+                self.run.log(new, step)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Record the numbers under `summary/` at the last step, and all of the summary in the config."""
@@ -71,7 +77,7 @@ class Trackio(Tracker):
     without_place = {("tags", "notes"): "Trackio shows them in the run's config only"}
 
     def start(self, info: RunInfo) -> ActiveRun:
-        """Open a run in the project's file."""
+        """Open a run in the project's file, or again the one that goes on."""
         from trackio.sqlite_storage import SQLiteStorage
 
         SQLiteStorage.validate_project_name(self.project)
@@ -80,12 +86,19 @@ class Trackio(Tracker):
             url=None,
             client=None,
             project=self.project,
+            run_id=kept_id(info, self.label, uuid.uuid4().hex),
             name=self.name or info.name,
             group=self.group or info.group,
             config=config,
         )
         where = self.where_to_look(f"trackio show --project {self.project}")
-        return TrackioRun(run, where, self.log_adapter)
+        active = TrackioRun(run, where, self.log_adapter)
+        if info.goes_on:
+            rows = SQLiteStorage.get_logs(self.project, run.name, run_id=run.id)
+            active.known = {(name, row["step"]) for row in rows for name in row}
+        for step, metrics in logged_before(info):
+            active.log(metrics, step)
+        return active
 
 
 def _local_run(**arguments: Any) -> Any:

@@ -153,6 +153,16 @@ def test_a_job_that_fails_spares_the_rest_and_exits_2(tmp_path: Path) -> None:
     assert sorted(statuses) == ["failed", "finished"]
 
 
+def test_fail_fast_stops_at_the_first(tmp_path: Path) -> None:
+    done = lora_exp(
+        "-m", "data.train_file=missing.jsonl,null", "sweep.fail_fast=true", "tracker=none", *JOB, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: the sweep stops at its first failed trial: sweep.fail_fast=true"
+    (run,) = tmp_path.glob("multirun/*/*/*/run.json")
+    assert json.loads(run.read_text())["status"] == "failed"
+
+
 def test_a_failed_run_is_a_failed_wandb_run(tmp_path: Path) -> None:
     done = lora_exp("+trainer.optim_args=nonsense", "recipe=sft", *JOB, f"output_dir={tmp_path}/run", cwd=tmp_path)
     assert done.returncode != 0

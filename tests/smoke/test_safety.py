@@ -74,6 +74,7 @@ def test_no_planted_secret_is_in_anything_that_a_run_writes(tmp_path: Path) -> N
 
     again = lora_exp("lora_exp.reproduce", "run", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert (tmp_path / "run-reproduced" / ".hydra" / "overrides.yaml").is_file(), "what resume= reads"
     resumed = lora_exp("lora_exp", "resume=run", "trainer.max_steps=2", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert leaks(tmp_path, resumed.stdout + resumed.stderr + again.stdout + again.stderr) == []
@@ -90,7 +91,7 @@ def test_no_planted_secret_is_in_anything_that_a_run_writes(tmp_path: Path) -> N
 def test_no_planted_secret_is_in_anything_that_a_failed_run_writes(tmp_path: Path, data: list[str]) -> None:
     rest = ["data=hub", "data.val_split=null", "trainer.eval_strategy=no", "objective=train_loss"]
     done = lora_exp("lora_exp", "output_dir=run", *TRAINS, *data, *rest, cwd=tmp_path)
-    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert done.returncode == 2, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert "me:${oc.env:DATA_PASSWORD}@" in (tmp_path / "run" / "config.yaml").read_text()
     assert leaks(tmp_path, done.stdout + done.stderr) == []

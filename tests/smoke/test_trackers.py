@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from lora_exp.config import CONF_DIR
+from lora_exp.tracking.base import RunInfo
 from tests.runs import composed
 from tests.sweeps import make_sweep
 from tests.tracker_records import READERS, Record, differences, written
@@ -220,14 +223,28 @@ def test_what_the_user_says_of_telemetry_goes_first(place: Path) -> None:
     assert any("mlflow" in host for host in told["asked"])
 
 
-def test_a_run_that_goes_on_hides_what_it_writes_anew(place: Path) -> None:
-    """The events of a killed run behind its checkpoint are not shown twice."""
-    folder = place / "goes-on"
-    alone("tensorboard", folder, "failed")
-    alone("tensorboard", folder, "finished")
-    record = READERS["tensorboard"](folder)
-    assert record.events["train/loss"] == [(1, 1.0)]
+@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow", "trackio"])
+def test_a_run_that_goes_on_is_the_same_one_with_each_number_once(tracker: str, place: Path) -> None:
+    """Stopped after step 2, it goes on from step 1; the tracker has lost step 0, as where a kill came first."""
+    folder = place / f"{tracker}-goes-on"
+    folder.mkdir()
+    section = config_of(tracker)
+    kind = get_class(section["_target_"])
+    info = RunInfo(folder, {"seed": 1}, f"dpo-tiny {folder.name}", "grid", "dpo", {"seed": 1})
+    run = kind.model_validate(section).start(info)
+    run.log({"loss": 0.75}, 1)
+    run.log({"loss": 0.5}, 2)
+    run.finish("failed")
+    lines = [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.75}, {"step": 2, "loss": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = kind.model_validate(section).start(replace(info, config={"seed": 2}, goes_on=True, logged=2))
+    run.log({"loss": 0.5}, 2)
+    run.log({"loss": 0.25}, 3)
+    run.finish("finished")
+    record = READERS[tracker](folder)
+    assert sorted(record.events["train/loss"]) == [(0, 1.0), (1, 0.75), (2, 0.5), (3, 0.25)]
     assert record.status == "finished"
+    assert record.ending == ENDINGS[tracker]["finished"]
 
 
 @pytest.mark.parametrize(
