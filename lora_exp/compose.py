@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from lora_exp.config import CONF_DIR
 from lora_exp.errors import Problem, UserError, count
@@ -27,8 +28,9 @@ from lora_exp.secrets.refusal import hydra_problems
 from lora_exp.sweeps.plan import SweepSettings, parsed_where_possible
 from lora_exp.validation import check, library_class_of, option_keys, options_with
 
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
-"""What Hydra raises for overrides that do not fit; ValueError for `quant=8`, an option that is no string."""
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, YAMLError)
+"""What Hydra raises for overrides that do not fit; ValueError for `quant=8`, an option that is no string; YAMLError for
+a file of one's own that is none."""
 
 SWEEP_KEYS = ("hydra", "sweep", "seed", "experiment")
 """What may say something of a multirun as a whole."""
@@ -45,6 +47,7 @@ class Composer:
     def __init__(self, config_dir: Path | None = None, config_name: str | None = None) -> None:
         if config_dir is not None and not config_dir.is_dir():
             raise UserError("the configs cannot be read", [Problem("--config-dir", f"there is no folder {config_dir}")])
+        self.config_dir = config_dir
         self.extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
         self.config_name = config_name or "config"
         self.context = initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="lora_exp")
@@ -195,7 +198,12 @@ class Composer:
         if override.is_hydra_override() or key in self._groups or "/" in key:
             return True
         near = nearest(key, self._groups) if "." not in key and key not in keys else None
-        return near is not None and str(override.value()) in self.loader.get_group_options(near, ObjectType.CONFIG)
+        return near is not None and str(override.value()) in self._options(near)
+
+    def _options(self, group: str) -> list[str]:
+        """Return a group's options; the loader looks for them in `conf/` only."""
+        own = sorted(file.stem for file in (self.config_dir / group).glob("*.yaml")) if self.config_dir else []
+        return [*self.loader.get_group_options(group, ObjectType.CONFIG), *own]
 
     @property
     def _groups(self) -> list[str]:
@@ -207,7 +215,7 @@ class Composer:
         group, option = choice.key_or_group, choice.value()
         if choice.is_hydra_override() or choice.is_delete():
             return None
-        options = self.loader.get_group_options(group, ObjectType.CONFIG)
+        options = self._options(group)
         if not options:
             near = nearest(group, self._groups)
             return Problem(group, "there is no such group", f"did you mean {near}={option}?" if near else "")
@@ -301,5 +309,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _problem_of(error: Exception) -> Problem:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return Problem(f"{mark.name}:{mark.line + 1}", f"is no YAML: {error.problem}", "check brackets and indentation")
     text = str(error).partition("\nConfig search path:")[0]
     return Problem("conf", " ".join(line.strip() for line in text.splitlines() if line.strip()), "")

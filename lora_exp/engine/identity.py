@@ -76,7 +76,7 @@ def _weights(files: str, config: Any, file_digest: FileDigest) -> dict[str, str]
 def _adapter(policy: Policy, file_digest: FileDigest) -> dict[str, str] | None:
     if policy.start is None:
         return None
-    names = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json")
+    names = ("adapter_model.safetensors", "adapter_config.json")
     return {name: file_digest(policy.start / name) for name in names if (policy.start / name).is_file()}
 
 

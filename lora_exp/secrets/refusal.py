@@ -11,7 +11,7 @@ from lora_exp.errors import Problem
 from lora_exp.secrets.masking import FROM_ENVIRONMENT, SHAPES, environment_secrets, is_secret_name
 
 KEPT = "and the config is kept in the run folder"
-MEND = "put it into an environment variable whose name ends in _PASSWORD, _TOKEN or _KEY, and write ${{oc.env:{}}}"
+MEND = "put it into a variable whose name ends in _PASSWORD, _TOKEN or _KEY; write ${{oc.env:{}}}, in single quotes"
 
 
 def secret_problems(config: Mapping[str, Any]) -> list[Problem]:
@@ -56,7 +56,9 @@ def _problem(key: str, value: str, known: Mapping[str, str]) -> Problem | None:
     for secret, written in known.items():
         if secret in value:
             variable = FROM_ENVIRONMENT.sub(r"\1", written)
-            return Problem(key, f"holds the value of ${variable}, {KEPT}", f"write {written} in its place")
+            return Problem(
+                key, f"holds the value of ${variable}, {KEPT}", f"write {written} in its place, in single quotes"
+            )
     if SHAPES.search(FROM_ENVIRONMENT.sub("", value)):
         return Problem(key, f"holds a password or a token, {KEPT}", MEND.format("DATA_PASSWORD"))
     found = SHAPES.search(value)
