@@ -58,14 +58,11 @@ def free_memory_bytes(device: Any) -> int:
 
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    available = [int(psutil.virtual_memory().available)]
+    available = int(psutil.virtual_memory().available)
     limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        available.append(limit - used + _cgroup_file_cache())
-    space, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
-    if space != resource.RLIM_INFINITY:
-        available.append(space - psutil.Process().memory_info().vms)
-    return max(0, min(available))
+    if limit is None or used is None:
+        return available
+    return max(0, min(available, limit - used + _cgroup_file_cache()))
 
 
 def _cgroup_bytes(name: str) -> int | None:

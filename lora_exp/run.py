@@ -319,7 +319,8 @@ def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split]
         with folder.stage("model"):
             memory, way = memory_of_this_process(config, data.reports, files, start)
             folder.note(estimated_memory_bytes=memory.estimate(way).total)
-            require_fit(memory, way)
+            if not config.trainer.auto_find_batch_size:  # which finds by trying what fits
+                require_fit(memory, way)
             policy = _load(config, files, start, folder)
             engine, work = choose_engine(config, folder, policy, data, memory)
             identity = _reference_identity(config, engine, policy, files)

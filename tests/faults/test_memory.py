@@ -15,23 +15,26 @@ from tests.faults.harness import Ended, Server, Tally
 from tests.faults.test_kills import COMMON
 from tests.runs import composed
 
-ROOM = 400 << 20
-"""Bytes beyond what the libraries have taken: enough to train in small pieces, not in one."""
+ROOM = {"packed": 400 << 20, "padded": 700 << 20}
+"""Bytes beyond what the libraries have taken: enough to train in smaller pieces, not in one."""
 
 LARGE = [
     *COMMON, "recipe.max_length=512", "trainer.per_device_train_batch_size=120", "trainer.num_train_epochs=1",
     "trainer.eval_strategy=no", "trainer.gradient_checkpointing=false", "trainer.max_steps=3", "trainer.bf16=false",
     "trainer.save_strategy=steps", "trainer.save_steps=1",
 ]  # fmt: skip
-ENGINES = {"packed": ["engine.tokens_per_microbatch=100000"], "padded": ["engine=padded"]}
+ENGINES = {
+    "packed": ["engine.tokens_per_microbatch=100000"],
+    "padded": ["engine=padded", "trainer.per_device_train_batch_size=240"],
+}
 
 
 def lines(cwd: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (cwd / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-def run(server: Server, cwd: Path, engine: str, *overrides: str, room: int | None = ROOM) -> Ended:
-    limits = {} if room is None else {"RLIMIT_AS": room}
+def run(server: Server, cwd: Path, engine: str, *overrides: str, limited: bool = True) -> Ended:
+    limits = {"RLIMIT_AS": ROOM[engine]} if limited else {}
     return server.run(*LARGE, *ENGINES[engine], *overrides, "output_dir=run", cwd=cwd, limits=limits)
 
 
@@ -46,7 +49,7 @@ def test_memory_that_runs_out_is_told_with_what_helps(
     assert "memory ran out in the stage train" in ended.said
     assert "the run had used up to" in ended.said
     assert "were estimated to need" in ended.said
-    helps = {"packed": "engine.tokens_per_microbatch=", "padded": "trainer.per_device_train_batch_size=60"}
+    helps = {"packed": "engine.tokens_per_microbatch=", "padded": "trainer.per_device_train_batch_size=120"}
     assert helps[engine] in ended.said
     assert "Traceback" not in ended.said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
@@ -64,7 +67,7 @@ def test_less_at_a_time_is_found_and_the_batch_of_a_step_stays(
     tally.inject("out of memory, less at a time")
     assert ended.status == 0, ended.said
     assert "memory ran out; again from the first step with" in ended.said
-    assert run(server, large, engine, room=None).status == 0
+    assert run(server, large, engine, limited=False).status == 0
     logged = [lines(small), lines(large)]
     assert [line["step"] for line in logged[0]] == [line["step"] for line in logged[1]]
     for one, other in zip(*logged, strict=True):
