@@ -22,10 +22,12 @@ SAVED_PER_FEATURE = 2.0
 """Numbers that a backward pass keeps for each input and output feature of a linear layer, where nothing better is
 known; measured on Llama models (benchmarks/NOTES.md)."""
 
-REMEMBERED = 64
-
 _TWINS: dict[str, Twin] = {}
+MOST_TWINS = 6
+"""A model needs three: whole, and two parts of it."""
+
 _PASSES: dict[tuple[Any, ...], Passes] = {}
+MOST_PASSES = 64
 """What was counted in this process: the trials of a sweep mostly have the same shapes."""
 
 
@@ -90,7 +92,7 @@ class ModelPasses:
     def _remembered(self, key: tuple[Any, ...], count: Callable[[], Passes]) -> Passes:
         key = (self._shape, *key)
         if key not in _PASSES:
-            _keep(_PASSES, key, count())
+            _keep(_PASSES, MOST_PASSES, key, count())
         return _PASSES[key]
 
     def _counted(self, count: Callable[[Twin], Passes], train: bool, saved: int) -> Passes:
@@ -131,7 +133,7 @@ class ModelPasses:
             twin = build_twin(self.config, with_layers(self.structure, layers), self.precision, self.start)
             if getattr(self.config.recipe, "disable_dropout", False):
                 twin.disable_dropout()
-            _keep(_TWINS, key, twin)
+            _keep(_TWINS, MOST_TWINS, key, twin)
         return _TWINS[key]
 
     @cached_property
@@ -150,7 +152,7 @@ class ModelPasses:
         return json.dumps(parts)
 
 
-def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(known) >= REMEMBERED:
+def _keep(known: dict[Any, Any], most: int, key: Any, value: Any) -> None:
+    if len(known) >= most:
         del known[next(iter(known))]
     known[key] = value
