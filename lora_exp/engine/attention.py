@@ -75,7 +75,7 @@ class Block:
     """
 
     def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
-        queries, keys = (max(len(getattr(part, name)) for part in parts) for name in ("queries", "keys"))
+        queries, keys = (_rounded(max(len(getattr(part, name)) for part in parts)) for name in ("queries", "keys"))
         self.queries = torch.stack([_padded(part.queries, queries) for part in parts]).to(device)
         self.keys = torch.stack([_padded(part.keys, keys) for part in parts]).to(device)
         mask = torch.full((len(parts), 1, queries, keys), float("-inf"))
@@ -91,6 +91,11 @@ class Block:
         self.tokens = self.queries.flatten()[self.real]
 
 
+def _rounded(length: int) -> int:
+    """Return a length that many blocks share: a processor compiles a product for each (`PackedForward`)."""
+    return length + -length % 16 if length > 64 else length
+
+
 def _padded(places: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([places, places[:1].expand(length - len(places))])
 
@@ -101,10 +106,12 @@ class Layout:
     Args:
         families: In their order in the row.
         device: Where the masks are needed.
+        padding: Tokens behind the families, which see none of them.
     """
 
-    def __init__(self, families: Sequence[Family], device: torch.device) -> None:
+    def __init__(self, families: Sequence[Family], device: torch.device, padding: int = 0) -> None:
         self.families = families
+        self.padding = padding
         self.device = device
         self._blocks: dict[int | None, list[Block]] = {}
         self._flex: dict[int | None, Any] = {}
@@ -130,6 +137,9 @@ class Layout:
             else:
                 yield from _cut(family, start, window)
             start += len(family)
+        if self.padding:
+            places = torch.arange(start, start + self.padding)
+            yield Part(places, places, _causal(places, places, None))
 
 
 def _whole(family: Family, start: int, window: int | None) -> Part:
@@ -203,21 +213,20 @@ class _BlockAttention(torch.autograd.Function):  # type: ignore[misc]
                 weights = _weights(queries, keys, block.mask, scale)
                 out.index_copy_(0, block.tokens, _ungrouped(weights @ values, block, q))
                 saved += [queries, keys, values, weights]
-        ctx.save_for_backward(q, k, *saved)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.save_for_backward(*saved)
+        ctx.blocks, ctx.scale, ctx.key_shape = blocks, scale, k.shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, *saved = ctx.saved_tensors
-        dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(k)
+        saved = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(grad), grad.new_zeros(ctx.key_shape), grad.new_zeros(ctx.key_shape)
         for number, block in enumerate(ctx.blocks):
             queries, keys, values, weights = saved[4 * number : 4 * number + 4]
-            upstream = _grouped(grad, block, k, padding=0)
+            upstream = _grouped(grad, block, dk, padding=0)
             scores = torch._softmax_backward_data(upstream @ values.mT, weights, -1, weights.dtype)
             scores *= ctx.scale
-            dq.index_copy_(0, block.tokens, _ungrouped(scores @ keys, block, q))
+            dq.index_copy_(0, block.tokens, _ungrouped(scores @ keys, block, dq))
             _add_seen(dk, block, scores.mT @ queries)
             _add_seen(dv, block, weights.mT @ upstream)
         return dq, dk, dv, None, None

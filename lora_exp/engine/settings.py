@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-TOKENS = {"cpu": 1024, "cuda": 16384}
+TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens a micro-batch where memory is plenty. A processor's products run at full rate from some hundred rows on; a
 GPU wants more. More costs memory and gains nothing."""
 LEAST_TOKENS = 256
