@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import Config
-from lora_exp.data.cache import data_cache
 from lora_exp.data.load import load_splits
-from lora_exp.data.split import Split
-from lora_exp.data.template import use_template
-from lora_exp.data.tokenize import TokenizedData, tokenize_splits
 from lora_exp.disk import room_for_files, writing
-from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.errors import Pruned
 from lora_exp.machine import (
     ask_for_determinism,
@@ -29,11 +24,11 @@ from lora_exp.machine import (
     peak_memory_bytes,
     release_memory,
     reset_peak_memory,
-    return_freed_memory,
     told_if_nondeterministic,
     use_threads,
 )
-from lora_exp.models.source import adapter_dir, model_files
+from lora_exp.models.source import adapter_dir
+from lora_exp.preparation import Prepared, build_trainer, keeps_reference, open_store, prepare_training
 from lora_exp.provenance import adapter_facts, data_facts
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
@@ -54,11 +49,7 @@ from lora_exp.training.memory import MemoryGuard, OutOfMemory
 from lora_exp.validation import validate
 
 if TYPE_CHECKING:
-    from lora_exp.engine.base import Engine, Work
-    from lora_exp.engine.identity import Identity
-    from lora_exp.models.policy import Policy
     from lora_exp.search.pruning import SearchTrial
-    from lora_exp.tracking.base import ActiveRun
 
 
 @dataclass(frozen=True)
@@ -80,25 +71,6 @@ class Launch:
     name: str = ""
     trial: SearchTrial | None = None
     before_training: Callable[[Mapping[str, Any]], None] | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that a run reads, before anything of it is trained.
-
-    Args:
-        data: The token ids.
-        policy: The model with its adapter.
-        engine: Computes the numbers under the loss; not always the one asked for.
-        work: What the engine has to compute.
-        identity: The reference model's name in the store; None where no reference is kept.
-    """
-
-    data: TokenizedData
-    policy: Policy
-    engine: Engine
-    work: Work
-    identity: Identity | None
 
 
 def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
@@ -229,8 +201,8 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
     quiet_libraries()
     trial = launch.folder.name if launch.sweep else None
     console.header(header_lines(config, launch.choices, [("folder", str(launch.folder))], trial))
-    if _keeps_reference(config, config.engine):
-        _store(config).close()  # a place that cannot be written is told before anything is loaded
+    if keeps_reference(config, config.engine):
+        open_store(config).close()  # a place that cannot be written is told before anything is loaded
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
         folder.note(data=data_facts(splits), start_adapter=adapter_facts(attempt.start))
@@ -298,110 +270,6 @@ def _facts(config: Config, launch: Launch) -> dict[str, Any]:
         "trust_remote_code": config.model.trust_remote_code,
         "choices": dict(launch.choices),
     }
-
-
-def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split], start: Path | None) -> Prepared:
-    """Tokenize the rows, load the model with its adapter and settle how it is computed.
-
-    Args:
-        config: What the run is made of.
-        folder: Where its reports go.
-        splits: The rows.
-        start: The adapter to go on from; None for a new one.
-    """
-    from lora_exp.preflight.fit import require_fit
-    from lora_exp.preflight.place import memory_of_this_process
-    from lora_exp.training.loop import choose_engine
-
-    with model_files(config.model) as files:
-        with folder.stage("data"):
-            data = tokenize(config, folder, splits, files)
-        with folder.stage("model"):
-            memory, way = memory_of_this_process(config, data.reports, files, start)
-            folder.note(estimated_memory_bytes=memory.estimate(way).total)
-            if not config.trainer.auto_find_batch_size:  # which finds by trying what fits
-                require_fit(memory, way)
-            policy = _load(config, files, start, folder)
-            engine, work = choose_engine(config, folder, policy, data, memory)
-            identity = _reference_identity(config, engine, policy, files)
-    return Prepared(data, policy, engine, work, identity)
-
-
-def build_trainer(config: Config, folder: RunFolder, prepared: Prepared, tracker: ActiveRun) -> Any:
-    """Return the trainer, with its reference where one is kept."""
-    from lora_exp.training.loop import make_trainer
-
-    trainer = make_trainer(config, folder, prepared.engine, prepared.work, prepared.data, tracker)
-    if prepared.identity is not None:
-        with folder.stage("reference"):
-            folder.note(reference=_reference(config, prepared.engine, trainer, prepared.policy, prepared.identity))
-    return trainer
-
-
-def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files: str) -> TokenizedData:
-    """Turn the rows into the token ids that the run trains on; say and write down what was cut or dropped."""
-    from lora_exp.models.policy import load_tokenizer
-    from lora_exp.preflight.losses import require_rows_kept
-
-    tokenizer = load_tokenizer(config.model, files)
-    use_template(tokenizer, config.data.chat_template_path)
-    recipe = config.recipe
-    cache = data_cache(config.data.cache_size)
-    data = tokenize_splits(splits, recipe.row_kind.answers, tokenizer, recipe.limits, config.data.chat_template, cache)
-    reports = {split: report.as_dict() | splits[split].found() for split, report in data.reports.items()}
-    folder.write_json("data_report.json", reports)
-    console.data_lines(reports, data.kept)
-    for line in [str(finding) for split in splits.values() for finding in split.findings] + cache.failures:
-        console.note(line)
-    data.require_rows()
-    require_rows_kept(config.data, recipe.limits, data.reports)
-    return data
-
-
-def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> Policy:
-    from lora_exp.models.policy import load_policy
-
-    policy = load_policy(config, files, start, folder.checkpoints)
-    return_freed_memory()  # what reading the files left behind, in parts of the heap that training would not use again
-    console.say("precision", f"{policy.precision.dtype}: {policy.precision.reason}")
-    share = policy.trainable_parameters / policy.total_parameters
-    console.say(
-        "adapter",
-        f"{policy.trainable_parameters:,} of {policy.total_parameters:,} parameters train ({share:.2%}), "
-        f"on {' '.join(name.rpartition('.')[2] for name in policy.target_modules[:12])}",
-    )
-    for line in policy.notes:
-        console.note(line)
-    return policy
-
-
-def _keeps_reference(config: Config, engine: Engine) -> bool:
-    return bool(config.recipe.needs_reference and engine.keeps_reference)
-
-
-def _reference_identity(config: Config, engine: Engine, policy: Policy, files: str) -> Identity | None:
-    """Return the name of the reference model in the store; None where no reference is kept."""
-    if not _keeps_reference(config, engine):
-        return None
-    from lora_exp.engine.identity import reference_identity
-
-    with _store(config) as store:
-        return reference_identity(config, engine, policy, files, store.file_digest)
-
-
-def _reference(config: Config, engine: Engine, trainer: Any, policy: Policy, identity: Identity) -> dict[str, Any]:
-    """Give the trainer its reference and say where it came from."""
-    with _store(config) as store:
-        facts = engine.reference(trainer, store, identity)
-        if store.note:
-            console.note(store.note)
-    console.say("reference", f"{facts['computed']:,} rows computed, {facts['reused']:,} read from {store.path}")
-    return {"model": policy.reference, **facts}
-
-
-def _store(config: Config) -> ReferenceStore:
-    path = Path(config.store.path) if config.store.path else default_path()
-    return ReferenceStore(path, config.store.max_size)
 
 
 def _train(config: Config, attempt: Attempt, prepared: Prepared, trainer: Any) -> dict[str, float]:

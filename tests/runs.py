@@ -68,7 +68,7 @@ def tokenized(overrides: list[str]) -> tuple[Any, Any, str]:
     """Return the config, the token ids and the model's folder of a run, by the corridor's own steps."""
     from lora_exp.data.load import load_splits
     from lora_exp.models.source import locate
-    from lora_exp.run import tokenize
+    from lora_exp.preparation import tokenize
     from lora_exp.run_folder import RunFolder
     from lora_exp.validation import validate
 
@@ -80,7 +80,7 @@ def tokenized(overrides: list[str]) -> tuple[Any, Any, str]:
 
 def build_trainer(folder: Path, overrides: list[str]) -> Any:
     """Return the trainer that a run of these overrides would train, by the corridor's own steps."""
-    from lora_exp import run as corridor
+    from lora_exp import preparation
     from lora_exp.data.load import load_splits
     from lora_exp.models.source import adapter_dir
     from lora_exp.run_folder import RunFolder
@@ -91,5 +91,5 @@ def build_trainer(folder: Path, overrides: list[str]) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     run_folder = RunFolder(folder)
     splits = load_splits(config.data, config.recipe.row_kind)
-    prepared = corridor.prepare_training(config, run_folder, splits, adapter_dir(config.model))
-    return corridor.build_trainer(config, run_folder, prepared, Guarded(None, "none"))
+    prepared = preparation.prepare_training(config, run_folder, splits, adapter_dir(config.model))
+    return preparation.build_trainer(config, run_folder, prepared, Guarded(None, "none"))
