@@ -6,6 +6,7 @@ import importlib
 import io
 import logging
 import os
+import sys
 import warnings
 from contextlib import redirect_stdout
 
@@ -16,6 +17,7 @@ UNUSABLE_WARNINGS = (
     r".*`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated.*",  # transformers 5.23; TRL 1.16 uses it
     r".*_check_is_size will be removed in a future PyTorch release.*",  # bitsandbytes calling torch
 )
+PROGRESS_BARS = {"transformers.utils.logging"}
 CHATTY_LOGGERS = ("bitsandbytes", "accelerate", "datasets", "httpx", "torch.distributed", "peft")
 
 
@@ -27,6 +29,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     for message in UNUSABLE_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    for name in PROGRESS_BARS & sys.modules.keys():  # imported already, so the environment says nothing to them
+        sys.modules[name].disable_progress_bar()
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 

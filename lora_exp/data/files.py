@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from lora_exp.errors import Problem
+from lora_exp.errors import Problem, count
 
 if TYPE_CHECKING:
     import pyarrow
@@ -250,9 +250,13 @@ def _parquet_blocks(file: IO[bytes], block_bytes: int) -> Iterator[Block]:
             sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
             rows = max(1, min(MOST_ROWS, block_bytes * table.metadata.num_rows // max(sum(sizes), 1)))
             for group in range(table.num_row_groups):  # one reader of all would hold something of each
+                begun, told = number, table.metadata.row_group(group).num_rows
                 for batch in table.iter_batches(batch_size=rows, row_groups=[group]):
                     yield Block(number, _stream(batch), form="arrow")
                     number += batch.num_rows
+                if number - begun != told:  # page headers have no checksum
+                    what = f"is damaged: {count(told, 'row')} should stand from row {begun} on, not {number - begun:,}"
+                    raise Unreadable(what, DAMAGED_MEND)
     except pyarrow.ArrowException as error:
         raise Unreadable(f"is damaged: {_sentence(error)}", DAMAGED_MEND) from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from lora_exp.preflight.calibration import keep_process_bytes, known_process_byt
 from lora_exp.preflight.memory import Memory, Place, Way
 from lora_exp.preflight.twin import read_structure
 from lora_exp.provenance import versions
+from lora_exp.quiet import import_quietly
 
 USUAL_PROCESS = 600 * 2**20
 """Python with torch, transformers, TRL and PEFT, before any weights; where this machine has not measured it yet."""
@@ -55,7 +55,7 @@ def place_of_this_process(config: Config) -> Place:
         held = int(torch.cuda.memory_reserved(device))
         return Place(device, 0, free_memory_bytes(device) + held, free_memory_bytes(device))
     for name in LIBRARIES:
-        importlib.import_module(name)
+        import_quietly(name)
     resident = _resident()
     if not _process:
         _process.append(resident)

@@ -143,6 +143,7 @@ def build_twin(config: Config, structure: Any, precision: Precision, start: Path
     dtype = structure.dtype or torch.float32 if wanted == "auto" else getattr(torch, wanted)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(structure, dtype=dtype, trust_remote_code=model.trust_remote_code)
+        base.name_or_path = base.config._name_or_path = model.pretrained_model_name_or_path  # as PEFT has it noted
         quantised = frozenset(linear_layers(base) if config.quant.target else ())
         policy = _adapted(base, config, start)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

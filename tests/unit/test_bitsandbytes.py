@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
+from bitsandbytes.nn import Linear8bitLt
 
-from lora_exp.engine import settings
 from lora_exp.models.bitsandbytes import computing_as_in_training, without_outliers
 
 
@@ -46,12 +45,3 @@ def test_in_the_contexts_they_do_not(context: Callable[[Any], AbstractContextMan
         assert model.change_of_a_row() < 1e-6
     assert not model.layer.training
     assert model.layer.state.threshold == 6.0
-
-
-def test_the_memory_estimate_does_not_take_packed_weights_for_features() -> None:
-    plain = torch.nn.Linear(64, 32)
-    packed = Linear4bit(64, 32)
-    packed.weight = Params4bit(plain.weight.data, requires_grad=False)
-    packed = packed.to("cpu")
-    assert packed.weight.shape != plain.weight.shape
-    assert settings._features(packed) == settings._features(plain) == 96
