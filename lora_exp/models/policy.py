@@ -202,15 +202,9 @@ def attach_adapter(base: Any, config: Config, precision: Precision, start: Path 
     """
     if start is not None:
         return _with_trained_adapter(base, config.lora, precision, start)
-    from hydra.utils import instantiate
     from peft import get_peft_model
 
-    targets = choose_targets(base, config.lora.target_modules)
-    arguments = config.lora.model_dump(by_alias=True, exclude_unset=True) | {"target_modules": targets}
-    covered = [name for name in linear_layers(base) if any(name.endswith(target) for target in targets)]
-    if uses_conv1d(base, covered):
-        arguments["fan_in_fan_out"] = True
-    lora = instantiate(arguments, task_type="CAUSAL_LM", _convert_="all")
+    lora = lora_config(base, config.lora)
     try:
         model = get_peft_model(base, lora)
     except ValueError as error:
@@ -239,6 +233,22 @@ def refused_layers(base: Any, error: ValueError) -> Exception:
         return error
     problem = Problem("lora.target_modules", str(error), f"lora.target_modules=[{','.join(left)}] takes the others")
     return UserError("PEFT refuses to adapt a layer", [problem])
+
+
+def lora_config(base: Any, lora: LoraConfig) -> Any:
+    """Return the `peft.LoraConfig` of a new adapter on a model.
+
+    Raises:
+        UserError: If `lora.target_modules` matches no layer.
+    """
+    from hydra.utils import instantiate
+
+    targets = choose_targets(base, lora.target_modules)
+    arguments = lora.model_dump(by_alias=True, exclude_unset=True) | {"target_modules": targets}
+    covered = [name for name in linear_layers(base) if any(name.endswith(target) for target in targets)]
+    if uses_conv1d(base, covered):
+        arguments["fan_in_fan_out"] = True
+    return instantiate(arguments, task_type="CAUSAL_LM", _convert_="all")
 
 
 def _with_trained_adapter(base: Any, lora: LoraConfig, precision: Precision, start: Path) -> Policy:

@@ -13,9 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_exp.config import Config
-from lora_exp.models.policy import refused_layers, told_if_it_needs_code
+from lora_exp.models.policy import lora_config, refused_layers, told_if_it_needs_code
 from lora_exp.models.precision import Precision
-from lora_exp.models.targets import choose_targets, linear_layers, uses_conv1d
+from lora_exp.models.targets import linear_layers
 
 
 @dataclass(frozen=True)
@@ -175,19 +175,13 @@ def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _adapted(base: Any, config: Config, start: Path | None) -> Any:
-    from hydra.utils import instantiate
     from peft import LoraConfig, get_peft_model
 
     if start is not None:
         lora = LoraConfig.from_pretrained(str(start))
         lora.inference_mode = False
     else:
-        targets = choose_targets(base, config.lora.target_modules)
-        arguments = config.lora.model_dump(by_alias=True, exclude_unset=True) | {"target_modules": targets}
-        covered = [name for name in linear_layers(base) if any(name.endswith(target) for target in targets)]
-        if uses_conv1d(base, covered):
-            arguments["fan_in_fan_out"] = True
-        lora = instantiate(arguments, task_type="CAUSAL_LM", _convert_="all")
+        lora = lora_config(base, config.lora)
     lora.init_lora_weights = True  # its shape is the same, and others compute with the weights
     try:
         return get_peft_model(base, lora, low_cpu_mem_usage=True)
