@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from lora_exp.config import Config
 from lora_exp.engine.base import Engine, Work
 from lora_exp.errors import Problem, UserError
-from lora_exp.quiet import import_quietly
 from lora_exp.reports import console
 from lora_exp.reports.console import TrainingDisplay
 from lora_exp.run_folder import RunFolder
@@ -30,7 +29,6 @@ def choose_engine(
     config: Config, folder: RunFolder, policy: Policy, data: TokenizedData, forecast: Forecast
 ) -> tuple[Engine, Work]:
     """Settle what the machine decides: the engine and its micro-batch, gradient checkpointing. Each is said aloud."""
-    import_quietly("transformers.integrations.integration_utils")  # it says so where WANDB_MODE is offline
     from lora_exp.engine.settings import choose_checkpointing
 
     arguments = training_arguments(config, policy.precision, folder.checkpoints, policy.device.type == "cpu")
