@@ -30,15 +30,14 @@ from lora_exp.engine.packing import Family
 PACKED = "packed"
 """The name under which transformers knows this attention."""
 
-DENSE = 256
+DENSE = 64
 """Families up to this many tokens are one part: fewer, larger products beat what causality saves."""
 
-QUERIES = 128
+QUERIES = 64
 """Queries a part in longer families."""
 
-ALIKE = 0.9
-"""Parts are computed together whose queries and keys are at least this share of the largest's: the rest is padding,
-which costs less than the calls that it saves."""
+CALLS = 30_000
+"""What the calls of one block cost, in scores of all heads that could be computed meanwhile (measured on two cores)."""
 
 SCORES = 2**19
 """Scores a head in one block at most, so that they stay near the processor's caches."""
@@ -126,7 +125,7 @@ class Layout:
         """Return the blocks of the row. `window`: a token sees this many tokens back, itself included."""
         if window not in self._blocks:
             parts = list(self._parts(window))
-            self._blocks[window] = [Block(group, self.device) for group in _alike(parts)]
+            self._blocks[window] = [Block(group, self.device) for group in _grouped_parts(parts)]
         return self._blocks[window]
 
     def _parts(self, window: int | None) -> Iterator[Part]:
@@ -177,25 +176,34 @@ def _causal(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> to
     return allowed if window is None else allowed & (distance < window)
 
 
-def _alike(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Group parts of like size, the largest first."""
-    group: list[Part] = []
-    for part in sorted(parts, key=lambda part: (len(part.keys), len(part.queries)), reverse=True):
-        if group and not _joins(part, group):
-            yield group
-            group = []
-        group.append(part)
-    if group:
-        yield group
+def _grouped_parts(parts: Sequence[Part]) -> list[Sequence[Part]]:
+    """Share parts out over blocks, the largest first, so that calls and padding together cost least.
+
+    Parts that follow one another by size make a block; where to cut is found by dynamic programming.
+    """
+    parts = sorted(parts, key=lambda part: (len(part.keys), len(part.queries)), reverse=True)
+    least, cut = [0.0], [0]
+    for end in range(1, len(parts) + 1):
+        options = ((least[start] + cost, start) for start, cost in _blocks_before(parts, end))
+        cost, start = min(options)
+        least.append(cost)
+        cut.append(start)
+    groups, end = [], len(parts)
+    while end:
+        groups.append(parts[cut[end] : end])
+        end = cut[end]
+    return groups[::-1]
 
 
-def _joins(part: Part, group: Sequence[Part]) -> bool:
-    queries, keys = max(len(each.queries) for each in group), len(group[0].keys)
-    return (
-        len(part.keys) >= ALIKE * keys
-        and ALIKE * queries <= len(part.queries) <= queries
-        and (len(group) + 1) * queries * keys <= SCORES
-    )
+def _blocks_before(parts: Sequence[Part], end: int) -> Iterator[tuple[int, int]]:
+    """Return where a block that ends before part `end` may start, and what it costs; a block of one part always may."""
+    queries = 0
+    for start in reversed(range(end)):
+        queries = max(queries, _rounded(len(parts[start].queries)))
+        scores = (end - start) * queries * _rounded(len(parts[start].keys))
+        if start < end - 1 and scores > SCORES:
+            return
+        yield start, CALLS + scores
 
 
 class _BlockAttention(torch.autograd.Function):  # type: ignore[misc]
@@ -225,9 +233,8 @@ class _BlockAttention(torch.autograd.Function):  # type: ignore[misc]
             queries, keys, values, weights = saved[4 * number : 4 * number + 4]
             upstream = _grouped(grad, block, dk, padding=0)
             scores = torch._softmax_backward_data(upstream @ values.mT, weights, -1, weights.dtype)
-            scores *= ctx.scale
-            dq.index_copy_(0, block.tokens, _ungrouped(scores @ keys, block, dq))
-            _add_seen(dk, block, scores.mT @ queries)
+            dq.index_copy_(0, block.tokens, _ungrouped((scores @ keys).mul_(ctx.scale), block, dq))
+            _add_seen(dk, block, (scores.mT @ queries).mul_(ctx.scale))
             _add_seen(dv, block, weights.mT @ upstream)
         return dq, dk, dv, None, None
 
@@ -272,7 +279,7 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scal
         scores *= scale
     by_head = scores.view(len(mask), -1, *mask.shape[2:])
     by_head += mask
-    return scores.softmax(-1).to(queries.dtype)
+    return torch.softmax(scores, -1, out=scores).to(queries.dtype)
 
 
 def _product(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

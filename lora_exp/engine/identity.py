@@ -18,9 +18,9 @@ from lora_exp.models.policy import Policy
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
-ARITHMETIC = 3
+ARITHMETIC = 4
 """Counted up when the packed forward pass comes to compute other numbers, so that those kept before are not taken for
-its own. 2: 8-bit layers compute as in training."""
+its own. 2: 8-bit layers compute as in training. 4: norms sum their squares in float32 under autocast."""
 
 FileDigest = Callable[[Path], str]
 

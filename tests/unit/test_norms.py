@@ -49,6 +49,17 @@ def test_values_and_gradient_are_those_of_the_written_out_norm(
     assert "forward" not in vars(module)
 
 
+def test_autocast_changes_nothing() -> None:
+    """It would take the sum of squares in half precision."""
+    module = norm(64, torch.bfloat16)
+    x, upstream = (torch.randn(1, 5, 64, dtype=torch.bfloat16) for _ in range(2))
+    with fused_norms([module]):
+        expected = computed(module, x, upstream)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = computed(module, x, upstream)
+    assert all(map(torch.equal, expected, found))
+
+
 @pytest.mark.parametrize(
     "module",
     [
