@@ -6,6 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lora_exp.allocator import restart_with_mimalloc
+
+if __name__ == "__main__":
+    restart_with_mimalloc()  # as `python -m lora_exp` does
+
 from benchmarks.case import parse
 from benchmarks.machine import head_parameters, parameters_multiplied
 from benchmarks.measure import train_and_report

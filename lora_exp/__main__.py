@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from lora_exp.allocator import restart_with_mimalloc
+
+if __name__ == "__main__":
+    restart_with_mimalloc()  # before anything is imported that would have to be imported again
+
 import hydra
 from omegaconf import DictConfig
 
@@ -38,6 +43,12 @@ def main() -> None:
         sys.exit(asked.status)
     except KeyboardInterrupt:  # before there is a run
         sys.exit(130)
+
+
+def script() -> None:
+    """Do the same as the command `lora-exp`."""
+    restart_with_mimalloc()
+    main()
 
 
 if __name__ == "__main__":

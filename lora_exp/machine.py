@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_exp.allocator import allocator_name, collect
 from lora_exp.errors import Problem, UserError, count
 
 KERNELS = 384
@@ -136,6 +137,8 @@ def return_freed_memory() -> None:
     """Give what malloc keeps back to the system."""
     import ctypes
 
+    if collect():
+        return
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
@@ -158,7 +161,7 @@ def device_facts(device: Any) -> dict[str, Any]:
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"type": device.type, "name": name, "threads": torch.get_num_threads()}
+    return {"type": device.type, "name": name, "threads": torch.get_num_threads(), "allocator": allocator_name()}
 
 
 def _processor() -> str:

@@ -188,7 +188,8 @@ def _grouped_parts(parts: Sequence[Part]) -> list[Sequence[Part]]:
         cost, start = min(options)
         least.append(cost)
         cut.append(start)
-    groups, end = [], len(parts)
+    groups: list[Sequence[Part]] = []
+    end = len(parts)
     while end:
         groups.append(parts[cut[end] : end])
         end = cut[end]

@@ -2,17 +2,19 @@
 
 PEFT adds an adapter as `result + lora_B(lora_A(x)) * scaling`: under autocast the input is widened to float32 and
 narrowed again, and scaling and sum are each a pass over the output, forward and backward. Here the second product
-adds onto the result, and the scaling rides along. Dropout keeps no copy of its input (`engine/dropout.py`).
+adds onto the result, and the scaling rides along; where the frozen weight is a plain one, the adapter's part of the
+input's gradient adds onto the base's. Dropout keeps no copy of its input (`engine/dropout.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
 
 from lora_exp.engine.dropout import dropped_places, zeroed
 
@@ -24,17 +26,35 @@ def fused_lora(model: torch.nn.Module) -> Iterator[None]:
     DoRA and the other variants are left as they are. Backward passes may follow after the block.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    whole = [layer for layer in layers if _is_one_operation(layer)]
     changed = [(layer, name) for layer in layers for name in layer.active_adapters if _is_plain(layer, name)]
     casts = [layer.cast_input_dtype_enabled for layer, _ in changed]
     for layer, name in changed:
         layer.lora_variant[name] = _Fused()
         layer.cast_input_dtype_enabled = False
+    for layer in whole:
+        layer.forward = partial(_adapted, layer)
     try:
         yield
     finally:
+        for layer in whole:
+            del layer.forward
         for (layer, name), cast in zip(changed, casts, strict=True):
             del layer.lora_variant[name]
             layer.cast_input_dtype_enabled = cast
+
+
+def _is_one_operation(layer: Any) -> bool:
+    """Whether a layer is a frozen linear one with just one plain adapter at work, which can share its backward pass."""
+    return (
+        type(layer) is Linear
+        and type(layer.base_layer) is torch.nn.Linear
+        and not layer.base_layer.weight.requires_grad
+        and not layer.disable_adapters
+        and not layer.merged
+        and len(layer.active_adapters) == 1
+        and _is_plain(layer, layer.active_adapters[0])
+    )
 
 
 def _is_plain(layer: Any, name: str) -> bool:
@@ -49,14 +69,48 @@ def _is_plain(layer: Any, name: str) -> bool:
 class _Fused(LoraVariant):  # type: ignore[misc]
     @staticmethod
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
-        a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
+        dtype = _number_format(module, active_adapter, x)
         x, dropped, kept = _drop(module.lora_dropout[active_adapter], x.to(dtype))
-        with torch.autocast(device, enabled=False):
-            scaling = module.scaling[active_adapter] / kept
-            added: torch.Tensor = _AddLora.apply(result.to(dtype), x, a, b, scaling, dropped)
-        return added
+        return _with_adapter(module, active_adapter, result.to(dtype), x, dropped, kept, None)
+
+
+def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Compute base and adapter of a layer."""
+    (name,) = layer.active_adapters
+    dtype = _number_format(layer, name, x)
+    if not torch.is_autocast_enabled(x.device.type) and layer.base_layer.weight.dtype != dtype:
+        mixed: torch.Tensor = Linear.forward(layer, x)
+        return mixed
+    x = x.to(dtype)
+    seen, dropped, kept = _drop(layer.lora_dropout[name], x)
+    if seen is not x:  # the adapter's input has a gradient of its own
+        return _with_adapter(layer, name, layer.base_layer(x), seen, dropped, kept, None)
+    with torch.no_grad():
+        result = layer.base_layer(x)
+    return _with_adapter(layer, name, result, x, dropped, kept, layer.base_layer.weight)
+
+
+def _number_format(layer: Any, name: str, x: torch.Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype: torch.dtype = layer.lora_A[name].weight.dtype
+    return dtype
+
+
+def _with_adapter(
+    layer: Any,
+    name: str,
+    result: torch.Tensor,
+    x: torch.Tensor,
+    dropped: torch.Tensor | None,
+    kept: float,
+    weight: torch.Tensor | None,
+) -> torch.Tensor:
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    with torch.autocast(x.device.type, enabled=False):
+        added: torch.Tensor = _AddLora.apply(result, x, a, b, layer.scaling[name] / kept, dropped, weight)
+    return added
 
 
 def _drop(dropout: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, float]:
@@ -69,7 +123,10 @@ def _drop(dropout: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 class _AddLora(torch.autograd.Function):  # type: ignore[misc]
-    """result + scaling * x A^T B^T, written over `result`; x is 0 at the places in `dropped`."""
+    """result + scaling * x A^T B^T, written over `result`; x is 0 at the places in `dropped`.
+
+    `weight` is the base's, if `result` was computed from `x` without its gradient: that is then computed here.
+    """
 
     @staticmethod
     def forward(
@@ -80,26 +137,41 @@ class _AddLora(torch.autograd.Function):  # type: ignore[misc]
         b: torch.Tensor,
         scaling: float,
         dropped: torch.Tensor | None,
+        weight: torch.Tensor | None,
     ) -> torch.Tensor:
         narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)
         middle = (x if dropped is None else zeroed(x, dropped)) @ narrow_a.mT
         result.view(-1, result.shape[-1]).addmm_(middle.view(-1, middle.shape[-1]), narrow_b.mT, alpha=scaling)
         ctx.mark_dirty(result)
-        ctx.save_for_backward(x, middle, narrow_a, narrow_b, dropped)
+        ctx.save_for_backward(x, middle, narrow_a, narrow_b, dropped, weight)
         ctx.scaling, ctx.dtype = scaling, a.dtype
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, middle, a, b, dropped = ctx.saved_tensors
+        x, middle, a, b, dropped, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         dmiddle = (flat @ b) * ctx.scaling
         seen = x if dropped is None else zeroed(x, dropped)
         da = dmiddle.mT @ seen.reshape(-1, x.shape[-1])
         # Few rows by many columns: the transposed product is a third slower.
         db = (middle.view(-1, middle.shape[-1]).mT @ flat).mT * ctx.scaling
-        dx = None
-        if ctx.needs_input_grad[1]:
-            dx = dmiddle @ a
-            dx = (dx if dropped is None else dx.view(-1).index_fill_(0, dropped, 0)).view(x.shape)
-        return grad, dx, da.to(ctx.dtype), db.to(ctx.dtype), None, None
+        dx = _input_slope(flat, dmiddle, a, dropped, weight).view(x.shape) if ctx.needs_input_grad[1] else None
+        return grad if weight is None else None, dx, da.to(ctx.dtype), db.to(ctx.dtype), None, None, None
+
+
+def _input_slope(
+    grad: torch.Tensor,
+    dmiddle: torch.Tensor,
+    a: torch.Tensor,
+    dropped: torch.Tensor | None,
+    weight: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the gradient [T, in] through the adapter, and through the base where its weight is given."""
+    through_base = None if weight is None else grad @ weight.to(grad.dtype)
+    if through_base is not None and dropped is None:
+        return through_base.addmm_(dmiddle, a)
+    slope = dmiddle @ a
+    if dropped is not None:
+        slope.view(-1).index_fill_(0, dropped, 0)
+    return slope if through_base is None else slope.add_(through_base)
