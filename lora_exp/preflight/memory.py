@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lora_exp.allocator import allocator_name
 from lora_exp.config import Config
 from lora_exp.data.lengths import RowLengths
 from lora_exp.machine import KERNELS
@@ -24,12 +25,30 @@ from lora_exp.preflight.model_passes import ModelPasses
 from lora_exp.preflight.schedule import schedule
 from lora_exp.recipes.divergence import ROWS as DIVERGENCE_ROWS
 
-KERNEL_BYTES = int(0.9 * 2**20)
-"""Of one compiled product in half precision on a processor (`machine.bound_kernel_caches`); fitted, as `SLACK` is."""
 
-SLACK = {"packed": 0.25, "padded": 0.65}
-"""Of what comes and goes in a step, once more: malloc keeps what was freed, and blocks of a batch of another length do
-not fit into the places of those before. Fitted to the runs of benchmarks/MEMORY.md, one number an engine."""
+@dataclass(frozen=True)
+class Keeping:
+    """What an allocator keeps beyond what is asked of it; fitted to the runs of benchmarks/MEMORY.md.
+
+    Args:
+        kernel: Bytes of one compiled product in half precision on a processor (`machine.bound_kernel_caches`).
+        packed: Share of what comes and goes in a step of the packed engine that is held once more: blocks of a batch
+            of another length do not fit into the places of those before.
+        padded: The same of the padded engine.
+        fresh: Share of an evaluation's memory that is not found among what training has freed: its blocks are larger.
+    """
+
+    kernel: int
+    packed: float
+    padded: float
+    fresh: float = 0.6
+
+
+KEEPING = {
+    "mimalloc": Keeping(kernel=300 * 2**10, packed=0.1, padded=0.15),
+    "system": Keeping(kernel=900 * 2**10, packed=0.25, padded=0.65),
+}
+"""By allocator (`lora_exp/allocator.py`)."""
 
 STATES = {"adamw": 2, "adam": 2, "adafactor": 0, "sgd": 0, "rmsprop": 1, "lion": 1, "adagrad": 1}
 """Numbers that an optimiser keeps for each trained one, by the beginning of `trainer.optim`."""
@@ -147,29 +166,40 @@ class Memory:
     def _estimate(self, way: Way) -> Estimate:
         batch = self._largest("training", way)
         passes = self._model.passes(batch, True, way.checkpointing)
-        adapter = self.trained_bytes * (1 + self._copies)
         widened = self._model.whole.widest_quantised * self.precision_bytes
-        lasting = [
+        lasting, passing = self._lasting(passes, way), self._passing(passes, way, widened)
+        before = sum(item.size for item in lasting) + widened
+        stages = {name: before + size for name, size in self._forward_stages(batch, way).items()}
+        if "evaluation" in stages and self.device.type == "cpu":
+            fresh = KEEPING[allocator_name()].fresh * (stages["evaluation"] - before)
+            stages["evaluation"] = max(
+                stages["evaluation"], sum(item.size for item in [*lasting, *passing]) + int(fresh)
+            )
+        stages["loading"] = self.place.process + self._loading
+        return Estimate(tuple(item for item in [*lasting, *passing] if item.size), stages)
+
+    def _lasting(self, passes: Passes, way: Way) -> list[Item]:
+        """Return what is held through the whole run."""
+        trained = self.trained_bytes
+        whole, optim = self._model.whole, self.config.trainer.optim
+        return [
             Item("process", self.place.process, "Python and the libraries"),
-            Item("base", self._model.whole.base_bytes, self._base_text()),
-            Item("adapter", adapter, f"{self.trained:,} parameters"),
-            Item(
-                "optimiser", int(self.trained_bytes * states_of(self.config.trainer.optim)), self.config.trainer.optim
-            ),
+            Item("base", whole.base_bytes, self._base_text()),
+            Item("adapter", trained * (1 + self._copies), f"{self.trained:,} parameters"),
+            Item("optimiser", int(trained * states_of(optim)), optim),
             Item("compiled products", self._kernels(passes, way), "of half precision, for the shapes that occur"),
         ]
-        passing = [
-            Item("gradients", self.trained_bytes),
+
+    def _passing(self, passes: Passes, way: Way, widened: int) -> list[Item]:
+        """Return what comes and goes in a step."""
+        items = [
             Item("activations", passes.kept, passes.doubt or self._way_text(way)),
             Item("output layer", passes.peak - passes.kept + widened, "and what else lives for a moment"),
         ]
         if self.device.type == "cpu":
-            slack = int(SLACK[way.engine] * sum(item.size for item in passing[1:]))
-            passing.append(Item("heap", slack, "freed, and not to be used again"))
-        before = sum(item.size for item in lasting)
-        stages = {name: before + widened + size for name, size in self._forward_stages(batch, way).items()}
-        stages["loading"] = self.place.process + self._loading
-        return Estimate(tuple(item for item in [*lasting, *passing] if item.size), stages)
+            share = getattr(KEEPING[allocator_name()], way.engine)
+            items.append(Item("heap", int(share * sum(each.size for each in items)), "freed, and not to be used again"))
+        return [Item("gradients", self.trained_bytes), *items]
 
     def _largest(self, stage: str, way: Way) -> Largest:
         """Return the largest batch that a stage computes at once."""
@@ -269,7 +299,7 @@ class Memory:
         if self.rows.val is not None:
             batches += math.ceil(len(self.rows.val) / trainer.per_device_eval_batch_size)
             batches += DIVERGENCE_ROWS if self.config.recipe.needs_reference else 0
-        return int(min(KERNELS, passes.products * batches)) * KERNEL_BYTES
+        return int(min(KERNELS, passes.products * batches)) * KEEPING[allocator_name()].kernel
 
     def _base_text(self) -> str:
         whole = self._model.whole
