@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
@@ -81,9 +82,17 @@ def _is_ours(error: Exception) -> bool:
 
 
 def train(trainer: Any, checkpoint: Path | None) -> dict[str, float]:
-    """Train, from a checkpoint where one is given, and return Trainer's summary."""
+    """Train, from a checkpoint where one is given, and return Trainer's summary.
+
+    Raises:
+        UserError: If a file of the checkpoint holds more than numbers: it is not unpickled.
+    """
     try:
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except pickle.UnpicklingError as error:
+        what = "a file of it holds more than numbers, which no run writes: it may carry foreign code, and is not read"
+        mend = "delete that folder, and the checkpoint before it is used"
+        raise UserError("the checkpoint is not one of this run", [Problem(str(checkpoint), what, mend)]) from error
     finally:  # Trainer tells its callbacks of an end only where it ends well
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Display):

@@ -190,8 +190,10 @@ def test_a_checkpoint_that_is_a_trap_is_not_sprung(finished: Finished, tmp_path:
     (checkpoint / name).write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
     seal(checkpoint)  # whoever sets a trap makes the checksums fit
     more = [each for each in done.overrides if not each.startswith("trainer.max_steps")]
-    with pytest.raises(Exception, match=r"(?i)weights.only"):
+    with pytest.raises(UserError) as caught:
         run_in(folder, [*more, f"resume={folder}", "trainer.max_steps=5"])
+    assert caught.value.problems[0].where == str(checkpoint)
+    assert "delete that folder" in caught.value.problems[0].mend
     assert not (tmp_path / "trapped").exists()
 
 
