@@ -148,7 +148,20 @@ def load_base(config: ModelConfig, quant: QuantConfig, precision: Precision, dev
     base.name_or_path = base.config._name_or_path = config.pretrained_model_name_or_path
     base.config.use_cache = False
     keep_differentiable(base)
+    if quant.target is not None:
+        _let_go_of_files(base)
     return base
+
+
+def _let_go_of_files(base: Any) -> None:
+    """Give what a quantised base keeps as it was stored memory of its own.
+
+    A norm that is used as it lies in a safetensors file keeps the whole file in memory, which the quantised layers
+    were read from and need no more.
+    """
+    for parameter in base.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def _unreadable(config: ModelConfig, error: OSError) -> Problem:
