@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,19 @@ def real_policy(config: Config, tiny: str, folder: Path) -> Any:
     from lora_exp.models.policy import load_policy
 
     return load_policy(config, tiny, None, folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what the system says of a process")
+@pytest.mark.parametrize("quant", ["none", "8bit", "4bit"])
+def test_only_a_base_as_it_is_stored_keeps_its_file(
+    config: Callable[..., Config], tiny: str, tmp_path: Path, quant: str
+) -> None:
+    files = tmp_path / "model"
+    shutil.copytree(tiny, files)
+    policy = real_policy(config(FP32, f"quant={quant}"), str(files), tmp_path)
+    kept = str(files / "model.safetensors") in Path("/proc/self/maps").read_text()
+    assert kept == (quant == "none")
+    assert policy.total_parameters
 
 
 @pytest.mark.parametrize("precision", [BF16, FP32])
