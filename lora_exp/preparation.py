@@ -14,7 +14,6 @@ from lora_exp.data.tokenize import TokenizedData, tokenize_splits
 from lora_exp.engine.store import ReferenceStore, default_path
 from lora_exp.machine import return_freed_memory
 from lora_exp.models.source import model_files
-from lora_exp.quiet import import_quietly
 from lora_exp.reports import console
 from lora_exp.run_folder import RunFolder
 
@@ -53,7 +52,6 @@ def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split]
         splits: The rows.
         start: The adapter to go on from; None for a new one.
     """
-    import_quietly("transformers.integrations.integration_utils")  # it says so where WANDB_MODE is offline
     from lora_exp.preflight.fit import require_fit
     from lora_exp.preflight.place import memory_of_this_process
     from lora_exp.training.loop import choose_engine

@@ -15,6 +15,7 @@ from lora_exp.config import Config
 from lora_exp.data.load import load_splits
 from lora_exp.disk import room_for_files, writing
 from lora_exp.errors import Pruned
+from lora_exp.libraries import load_libraries
 from lora_exp.machine import (
     ask_for_determinism,
     bound_kernel_caches,
@@ -208,6 +209,8 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
         folder.note(data=data_facts(splits), start_adapter=adapter_facts(attempt.start))
     keep_freed_memory()
     bound_kernel_caches()
+    with folder.stage("model"):
+        load_libraries()
     console.say("machine", use_threads(config.engine.num_threads))
     if config.deterministic:
         console.say("bits", ask_for_determinism(config.seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lora_exp.models.bitsandbytes import computing_as_in_training, without_outli
 
 if TYPE_CHECKING:
     from lora_exp.engine.base import Work
+    from lora_exp.models.policy import Policy
     from lora_exp.recipes.base import Recipe
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -33,11 +35,46 @@ def reason_against(work: Work) -> str | None:
     What the config tells is asked first; then a few random rows are computed both ways on the model itself.
     """
     base = work.policy.model.get_base_model()
-    return (
-        _of_arguments(work.arguments)
-        or reason_of_structure(base, work.recipe)
-        or _of_probe(base, work.longest, getattr(work.recipe, "disable_dropout", False))
-    )
+    return _of_arguments(work.arguments) or reason_of_structure(base, work.recipe) or _of_model(base, work)
+
+
+_FOUND: dict[str, str | None] = {}
+"""What the random rows told in this process: the trials of a sweep mostly train the same adapter on the same base."""
+
+
+def _of_model(base: Any, work: Work) -> str | None:
+    """Return what random rows tell, or told of the same model: of the same weights with a new adapter of one kind.
+
+    A new adapter's numbers are other ones with another seed. Which token sees which does not depend on them.
+    """
+    no_dropout = bool(getattr(work.recipe, "disable_dropout", False))
+    if work.policy.start is not None:
+        return _of_probe(base, work.longest, no_dropout)
+    key = _model_key(base, work.policy, work.longest, no_dropout)
+    if key not in _FOUND:
+        _FOUND[key] = _of_probe(base, work.longest, no_dropout)
+    return _FOUND[key]
+
+
+def _model_key(base: Any, policy: Policy, longest: int, no_dropout: bool) -> str:
+    """Return what two models have in common that compute the random rows alike."""
+    parts = [
+        type(base).__qualname__,
+        base.config.to_dict(),
+        base.config._attn_implementation,
+        dict(policy.base),
+        str(base.dtype),
+        str(policy.device),
+        policy.precision.dtype,
+        policy.model.peft_config["default"].to_dict(),
+        longest,
+        no_dropout,
+    ]
+    return json.dumps(parts, sort_keys=True, default=_sorted)
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def reason_of_structure(base: Any, recipe: Recipe) -> str | None:

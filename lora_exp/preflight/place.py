@@ -8,22 +8,19 @@ from pathlib import Path
 from lora_exp.config import Config
 from lora_exp.data.tokenize import SplitReport
 from lora_exp.engine.settings import choose_checkpointing
+from lora_exp.libraries import load_libraries
 from lora_exp.machine import free_memory_bytes
 from lora_exp.models.precision import choose_device
 from lora_exp.preflight.calibration import keep_process_bytes, known_process_bytes
 from lora_exp.preflight.memory import Memory, Place, Way
 from lora_exp.preflight.twin import read_structure
 from lora_exp.provenance import versions
-from lora_exp.quiet import import_quietly
 
 USUAL_PROCESS = 600 * 2**20
 """Python with torch, transformers, TRL and PEFT, before any weights; where this machine has not measured it yet."""
 
 FIRST_STEP = 25 * 2**20
 """What trainer, data loader and the code of a first step take beside it; measured on the embedded model."""
-
-LIBRARIES = ("lora_exp.recipes.trl", "peft", "bitsandbytes", "lora_exp.training.callbacks")
-"""What every run imports before its first step."""
 
 _process: list[int] = []
 """Measured in the first run of this process, before it held any weights."""
@@ -54,8 +51,7 @@ def place_of_this_process(config: Config) -> Place:
         torch.cuda.init()  # the context takes its part before it is asked what is free
         held = int(torch.cuda.memory_reserved(device))
         return Place(device, 0, free_memory_bytes(device) + held, free_memory_bytes(device))
-    for name in LIBRARIES:
-        import_quietly(name)
+    load_libraries()
     resident = _resident()
     if not _process:
         _process.append(resident)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_exp.engine import support
 from lora_exp.models import policy as room
 from lora_exp.models.shared import SHARED_BASE
 from tests.runs import build_trainer, run_in
@@ -130,3 +133,39 @@ def test_token_ids_are_made_once_for_the_same_rows(tmp_path: Path) -> None:
     )
     assert first is again
     assert shorter is not first
+
+
+def test_the_packed_engine_is_tried_once_for_each_kind_of_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "_FOUND", {})
+    probe, tried = support._of_probe, []
+    monkeypatch.setattr(support, "_of_probe", lambda *arguments: tried.append(arguments) or probe(*arguments))
+    engines = []
+    for number, change in enumerate(("recipe.beta=0.5", "seed=7", "lora.r=4", "recipe.beta=0.2")):
+        engines.append(run_in(tmp_path / str(number), [*JOB, change]).results.run["engine"])
+    assert len(tried) == 2, "another seed or loss is the same model; another rank is not"
+    assert engines == ["packed"] * 4
+
+
+def test_what_the_packed_engine_was_refused_for_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "_FOUND", {})
+    answers = iter(["no such mask"])
+    monkeypatch.setattr(support, "_of_probe", lambda *_: next(answers))
+    engines = [run_in(tmp_path / beta, [*JOB, f"recipe.beta={beta}"]).results.run["engine"] for beta in ("0.1", "0.2")]
+    assert engines == ["padded", "padded"]
+
+
+def test_nothing_of_the_first_job_outlives_it(tmp_path: Path) -> None:
+    """In a process of its own. What is there when the libraries have been loaded is never collected again."""
+    script = f"""
+import gc
+from pathlib import Path
+from tests.runs import run_in
+run_in(Path({str(tmp_path)!r}) / "job", {[*JOB, "trainer.max_steps=1"]!r})
+gc.collect()
+names = [type(each).__name__ for each in gc.get_objects()]
+print(gc.get_freeze_count() > 100_000, [name for name in names if "DPOTrainer" in name])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True []"
