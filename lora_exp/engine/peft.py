@@ -71,7 +71,7 @@ class _Fused(LoraVariant):  # type: ignore[misc]
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
         dtype = _number_format(module, active_adapter, x)
         x, dropped, kept = _drop(module.lora_dropout[active_adapter], x.to(dtype))
-        return _with_adapter(module, active_adapter, result.to(dtype), x, dropped, kept, None)
+        return _with_adapter(module, active_adapter, result.to(dtype), x, dropped, kept)
 
 
 def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -84,10 +84,8 @@ def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
     x = x.to(dtype)
     seen, dropped, kept = _drop(layer.lora_dropout[name], x)
     if seen is not x:  # the adapter's input has a gradient of its own
-        return _with_adapter(layer, name, layer.base_layer(x), seen, dropped, kept, None)
-    with torch.no_grad():
-        result = layer.base_layer(x)
-    return _with_adapter(layer, name, result, x, dropped, kept, layer.base_layer.weight)
+        return _with_adapter(layer, name, layer.base_layer(x), seen, dropped, kept)
+    return _with_adapter(layer, name, None, x, dropped, kept)
 
 
 def _number_format(layer: Any, name: str, x: torch.Tensor) -> torch.dtype:
@@ -101,15 +99,15 @@ def _number_format(layer: Any, name: str, x: torch.Tensor) -> torch.dtype:
 def _with_adapter(
     layer: Any,
     name: str,
-    result: torch.Tensor,
+    result: torch.Tensor | None,
     x: torch.Tensor,
     dropped: torch.Tensor | None,
     kept: float,
-    weight: torch.Tensor | None,
 ) -> torch.Tensor:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    base = (layer.base_layer.weight, layer.base_layer.bias) if result is None else (None, None)
     with torch.autocast(x.device.type, enabled=False):
-        added: torch.Tensor = _AddLora.apply(result, x, a, b, layer.scaling[name] / kept, dropped, weight)
+        added: torch.Tensor = _AddLora.apply(result, x, a, b, layer.scaling[name] / kept, dropped, *base)
     return added
 
 
@@ -125,24 +123,29 @@ def _drop(dropout: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torc
 class _AddLora(torch.autograd.Function):  # type: ignore[misc]
     """result + scaling * x A^T B^T, written over `result`; x is 0 at the places in `dropped`.
 
-    `weight` is the base's, if `result` was computed from `x` without its gradient: that is then computed here.
+    Without a result it is the base's, computed here from `x` (not dropped), `weight` and `bias`, as its gradient is.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        result: torch.Tensor,
+        result: torch.Tensor | None,
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
         scaling: float,
         dropped: torch.Tensor | None,
         weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
+        if result is None:
+            assert weight is not None
+            result = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        else:
+            ctx.mark_dirty(result)
         narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)
         middle = (x if dropped is None else zeroed(x, dropped)) @ narrow_a.mT
         result.view(-1, result.shape[-1]).addmm_(middle.view(-1, middle.shape[-1]), narrow_b.mT, alpha=scaling)
-        ctx.mark_dirty(result)
         ctx.save_for_backward(x, middle, narrow_a, narrow_b, dropped, weight)
         ctx.scaling, ctx.dtype = scaling, a.dtype
         return result
@@ -157,7 +160,7 @@ class _AddLora(torch.autograd.Function):  # type: ignore[misc]
         # Few rows by many columns: the transposed product is a third slower.
         db = (middle.view(-1, middle.shape[-1]).mT @ flat).mT * ctx.scaling
         dx = _input_slope(flat, dmiddle, a, dropped, weight).view(x.shape) if ctx.needs_input_grad[1] else None
-        return grad if weight is None else None, dx, da.to(ctx.dtype), db.to(ctx.dtype), None, None, None
+        return grad if weight is None else None, dx, da.to(ctx.dtype), db.to(ctx.dtype), None, None, None, None
 
 
 def _input_slope(

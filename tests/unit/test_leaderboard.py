@@ -153,8 +153,9 @@ def test_the_table_has_every_objective_and_its_verdict_after_the_last_trial(
 
 @pytest.mark.parametrize("number", [1, 20])
 def test_a_narrow_terminal_shows_ranks_and_says_which_settings_it_leaves_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     for trial in (1, 2):
         settings = {f"trainer.some_setting_{key}": key * trial for key in range(1, number + 1)}
         make_trial(tmp_path / str(trial), settings, trial / 10)
