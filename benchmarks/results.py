@@ -28,7 +28,8 @@ def write_results(table: Table, counts: dict[str, Any], arguments: argparse.Name
         "",
         f"Machine: {facts['name']}, {facts['threads']} threads, {platform.system()}; {packages}.",
         f"Rows: {counts['short']} short (100 to 250 tokens), {counts['all']} in all; batch 8, max_length 512, "
-        f"LoRA r=16 on all linear layers of SmolLM2-135M-Instruct, no gradient checkpointing.",
+        "LoRA r=16 on all linear layers of SmolLM2-135M-Instruct, no gradient checkpointing. lora_exp on the allocator "
+        "that its command starts with (mimalloc on Linux), TRL on the system's.",
         f"{arguments.repeats} pairs of processes by turns, {arguments.steps} timed steps each; medians, "
         "and the least and greatest ratio of a pair. `python -m benchmarks.compare --rows FOLDER --write`",
         "",
