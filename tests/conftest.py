@@ -23,6 +23,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = _hub_cache.name
 # Commands that tests start in other folders run this tree, whichever one is installed.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+# Tables are as wide as without a terminal, whatever the developer's has: rich keeps the width it finds first.
+os.environ.pop("COLUMNS", None)
 
 from lora_exp.compose import Composer  # noqa: E402
 from lora_exp.config import register_resolvers  # noqa: E402

@@ -75,7 +75,9 @@ class Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"],
             cwd=REPOSITORY,
-            env={**environment, "HOME": str(home), "OMP_NUM_THREADS": "1"},
+            # glibc reserves 64 MiB of addresses for each thread that happens to need an arena of its own: with one
+            # arena a limit of the address space means the same in every run.
+            env={**environment, "HOME": str(home), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

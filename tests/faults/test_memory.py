@@ -15,7 +15,7 @@ from tests.faults.harness import Ended, Server, Tally
 from tests.faults.test_kills import COMMON
 from tests.runs import composed
 
-ROOM = {"packed": 400 << 20, "padded": 700 << 20}
+ROOM = {"packed": 250 << 20, "padded": 450 << 20}
 """Bytes beyond what the libraries have taken: enough to train in smaller pieces, not in one."""
 
 LARGE = [

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_exp.reports.console import leaderboard_table
+from lora_exp.reports.console import console, leaderboard_table
 from lora_exp.sweeps.leaderboard import interval, leaderboard, t_quantile, t_within, write_leaderboard
 from lora_exp.sweeps.trials import read_trials
 from tests.sweeps import make_sweep, make_trial
@@ -155,7 +155,7 @@ def test_the_table_has_every_objective_and_its_verdict_after_the_last_trial(
 def test_a_narrow_terminal_shows_ranks_and_says_which_settings_it_leaves_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(console, "width", 80)
     for trial in (1, 2):
         settings = {f"trainer.some_setting_{key}": key * trial for key in range(1, number + 1)}
         make_trial(tmp_path / str(trial), settings, trial / 10)

@@ -168,9 +168,10 @@ def test_a_multirun_is_a_line_a_trial_and_those_that_do_not_fit_are_marked(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lora_exp.preflight import place
+    from lora_exp.reports.console import console
 
     few = 700 * 2**20
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "width", 200)
     monkeypatch.setattr(place, "free_memory_bytes", lambda _: few)
     monkeypatch.setattr(place, "_resident", lambda: 0)
     large = "model.embedded.config.intermediate_size=192,200000"
