@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from traceback import walk_tb
 
 from lora_exp.secrets.masking import safe
 
@@ -79,6 +80,12 @@ def print_user_error(error: UserError | Interrupted) -> None:
     """Write the error to stderr, plain and safe, so that `file:line: reason` stays whole at any terminal width."""
     sys.stdout.flush()
     print(safe(f"error: {error}"), file=sys.stderr)  # noqa: T201
+
+
+def raised_here(error: Exception) -> bool:
+    """Whether an error was raised in this project's own code, by a wrong call say: a bug, which keeps its traceback."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("lora_exp.")
 
 
 def count(number: int, noun: str, plural: str = "") -> str:

@@ -20,6 +20,11 @@ KERNELS = 384
 """Compiled products that are kept. The layers of a model repeat those of a micro-batch, which must all find room: up to
 310 where its 1,024 tokens are rows of as many lengths as possible."""
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc", "bad allocation")
+"""In the errors of CUDA, of torch's processor allocator (a plain RuntimeError), of the system and of C++."""
+NO_FRAME = "error return without exception set"
+"""In the SystemError of CPython 3.11 where a call finds no memory for its frame: `ceval.c` leaves with no exception."""
+
 PROC = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -50,6 +55,15 @@ def peak_memory_bytes(device: Any) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory, of the device or of the process."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, SystemError):
+        return str(error) == NO_FRAME
+    return isinstance(error, RuntimeError | OSError) and any(mark in str(error) for mark in OUT_OF_MEMORY)
 
 
 def free_memory_bytes(device: Any) -> int:

@@ -13,6 +13,7 @@ from lora_exp.data.kinds import IGNORED
 from lora_exp.engine import attention, forward
 from lora_exp.engine.forward import PackedForward
 from lora_exp.engine.packing import Family, Row, pack
+from lora_exp.machine import is_out_of_memory
 from lora_exp.models.bitsandbytes import computing_as_in_training, without_outliers
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _packed(base: Any, members: list[Family]) -> torch.Tensor:
 
 def _is_of_the_device(error: Exception) -> bool:
     """Whether memory ran out or the device failed; the padded forward would need more memory, not less."""
-    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError) or is_out_of_memory(error)
 
 
 def _is_a_refusal(error: Exception) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.config import Config
+from lora_exp.errors import raised_here
 from lora_exp.models.precision import Precision
 from lora_exp.models.targets import linear_layers
 from lora_exp.preflight.activations import Passes, divergence_passes, packed_passes, padded_passes
@@ -106,6 +107,8 @@ class ModelPasses:
         try:
             return self._extended(count) if train else count(self.parts[0][1])
         except REFUSALS as error:
+            if raised_here(error) and not isinstance(error, NotImplementedError):  # attention says so what it cannot do
+                raise
             return self._roughly(saved, next(iter(str(error).splitlines()), type(error).__name__))
 
     def _extended(self, count: Callable[[Twin], Passes]) -> Passes:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import Config
 from lora_exp.engine.base import Engine, Work
-from lora_exp.errors import Problem, UserError
+from lora_exp.errors import Problem, UserError, raised_here
 from lora_exp.reports import console
 from lora_exp.reports.console import TrainingDisplay
 from lora_exp.run_folder import RunFolder
@@ -64,7 +63,7 @@ def make_trainer(
     try:
         trainer = config.recipe.trainer(engine, work.policy, data.tokenizer, data.datasets, work.arguments, callbacks)
     except (ValueError, TypeError, NotImplementedError) as error:
-        if _is_ours(error):
+        if raised_here(error):
             raise
         problem = Problem("trainer or recipe", str(error))
         raise UserError(f"{config.recipe.library_class} refuses the config", [problem]) from error
@@ -73,12 +72,6 @@ def make_trainer(
     trainer.rows = RowNames(data, config.recipe.row_kind.answers)
     engine.equip(trainer, work)
     return trainer
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether it was raised in this project's own code, by a wrong call say: a bug, which keeps its traceback."""
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    return str(frame.f_globals["__name__"]).startswith("lora_exp.")
 
 
 def train(trainer: Any, checkpoint: Path | None) -> dict[str, float]:

@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING
 
 from lora_exp.config import Config
 from lora_exp.errors import Problem, UserError
-from lora_exp.machine import free_memory_bytes, peak_memory_bytes
+from lora_exp.machine import free_memory_bytes, is_out_of_memory, peak_memory_bytes
 
 if TYPE_CHECKING:
     from lora_exp.engine.base import Engine, Work
     from lora_exp.run_folder import RunFolder
-
-MARKS = ("out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc", "bad allocation")
-"""In the errors of CUDA, of torch's processor allocator (a plain RuntimeError), of the system and of C++."""
 
 
 class OutOfMemory(UserError):  # noqa: N818 - torch has an OutOfMemoryError of its own
@@ -38,13 +35,6 @@ class OutOfMemory(UserError):  # noqa: N818 - torch has an OutOfMemoryError of i
         super().__init__(title, problems)
         self.smaller = smaller
         self.change = change
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory, of the device or of the process."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError | OSError) and any(mark in str(error) for mark in MARKS)
 
 
 @dataclass
@@ -72,7 +62,7 @@ class MemoryGuard:
         """
         try:
             yield
-        except (MemoryError, RuntimeError, OSError) as error:
+        except (MemoryError, RuntimeError, OSError, SystemError) as error:
             if not is_out_of_memory(error):
                 raise
             raise self._explained(error) from error.with_traceback(None)  # its frames hold the tensors
@@ -127,6 +117,8 @@ def _with(config: Config, change: Mapping[str, object]) -> Config:
 
 def _wanted(error: BaseException) -> str:
     """Return what was asked for last, from the library's own words."""
+    if isinstance(error, SystemError):
+        return "not even a call of the interpreter found room"
     text = " ".join(str(error).split())
     if found := re.search(r"[Tt]ried to allocate ([\d.]+ [KMG]iB)", text):
         return f"{found[1]} more were asked for"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lora_exp.errors import UserError
+from lora_exp.machine import is_out_of_memory
 from lora_exp.run_folder import RunFolder
-from lora_exp.training.memory import MemoryGuard, OutOfMemory, is_out_of_memory
+from lora_exp.training.memory import MemoryGuard, OutOfMemory
 from lora_exp.validation import validate
 from tests.faults.harness import Ended, Server, Tally
 from tests.faults.test_kills import COMMON
@@ -100,3 +103,39 @@ def test_each_way_to_say_so_is_known() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
     assert not is_out_of_memory(UserError("no"))
+    assert not is_out_of_memory(SystemError("bad argument to internal function"))
+
+
+CALLS_WITHOUT_MEMORY = """
+import mmap, resource, sys
+from lora_exp.machine import is_out_of_memory
+
+def down(calls):
+    return down(calls - 1) if calls else 0
+
+def fill():
+    for size in (2**16, 2**12):
+        try:
+            while True:
+                held.append(mmap.mmap(-1, size))
+        except OSError:
+            continue
+
+held = []
+sys.setrecursionlimit(10**6)
+for _ in range(100):
+    down(5)
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, ((used << 10) + 2**20, -1))
+fill()
+try:
+    down(10**5)
+except (MemoryError, SystemError) as error:
+    held.clear()
+    print(type(error).__name__, is_out_of_memory(error))
+"""
+
+
+def test_a_call_that_finds_no_memory_for_its_frame_is_a_lack_of_memory() -> None:
+    ended = subprocess.run([sys.executable, "-c", CALLS_WITHOUT_MEMORY], capture_output=True, text=True, check=False)
+    assert ended.stdout.split()[1:] == ["True"], ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 
 from lora_exp.config import Config
 from lora_exp.data.lengths import RowLengths
+from lora_exp.engine import forward
 from lora_exp.engine.settings import LEAST_TOKENS
 from lora_exp.errors import UserError
 from lora_exp.models.precision import choose_precision
@@ -319,3 +321,13 @@ def test_a_model_that_cannot_be_counted_is_guessed_at_and_said_so(
     item = next(item for item in guessed.items if item.name == "activations")
     assert item.how == "a rough guess, as this model cannot be counted: its attention uses sinks"
     assert counted.training / 3 < guessed.training < counted.training * 3
+
+
+def test_a_mistake_of_ours_is_no_reason_to_guess(
+    config: Callable[..., Config], tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here: calling our own function with an argument that it does not have."""
+    monkeypatch.setattr(model_passes, "_PASSES", {})
+    monkeypatch.setattr(forward, "Layout", partial(forward.Layout, no_such_argument=1))
+    with pytest.raises(TypeError, match="no_such_argument"):
+        memory_of(config(FP32), tiny).estimate(Way("packed", 1024, False))
