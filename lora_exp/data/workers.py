@@ -24,10 +24,14 @@ def workers(number: int) -> Iterator[ProcessPoolExecutor]:
         Unreadable: If the system ends one of them, or does not let it start.
     """
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(number, mp_context=context, initializer=_begin)
     try:
         yield pool
     except (BrokenProcessPool, OSError) as error:
+        # CPython 3.11 ends the processes of a broken pool, and then waits for ever for one that was just being started.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
         what = "was not checked to its end: the system has ended a process that checked it, or not let it start"
         raise Unreadable(what, "is the memory full?") from error
     finally:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import resource
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import _ExecutorManagerThread
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,12 @@ from hypothesis import strategies as st
 from lora_exp.config import DataConfig
 from lora_exp.data import read as room
 from lora_exp.data.cache import NO_CACHE, Cache
+from lora_exp.data.files import Unreadable
 from lora_exp.data.jsonl import SHOWN
 from lora_exp.data.kinds import COMPLETION, PREFERENCE
 from lora_exp.data.load import load_splits
 from lora_exp.data.read import ReadFile, read_file, read_files
+from lora_exp.data.workers import workers
 from lora_exp.errors import Problem, UserError
 
 Make = Callable[..., dict[str, Any]]
@@ -142,6 +147,29 @@ def test_another_process_that_is_killed_is_told(mixed: Path, monkeypatch: pytest
     assert killed
     assert problems[-1].where == str(mixed)
     assert "the system has ended a process" in problems[-1].what
+
+
+def test_a_process_that_starts_while_others_are_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here: between the pool's ending of its processes and its waiting for them."""
+    name = next(name for name in vars(_ExecutorManagerThread) if name.strip("_") == "join_executor_internals")
+    join = getattr(_ExecutorManagerThread, name)
+    late = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+
+    def join_with_late(manager: Any, *arguments: Any, **keywords: Any) -> None:
+        manager.processes[late.pid] = late
+        join(manager, *arguments, **keywords)
+
+    def work_with_killed() -> None:
+        with workers(1) as pool:
+            late.start()
+            future = pool.submit(time.sleep, 600)
+            next(iter(pool._processes.values())).kill()
+            future.result()
+
+    monkeypatch.setattr(_ExecutorManagerThread, name, join_with_late)
+    with pytest.raises(Unreadable, match="the system has ended a process"):
+        work_with_killed()
+    assert not late.is_alive()
 
 
 # Ids.
