@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from lora_exp.errors import count
 from lora_exp.machine import device_facts
 from lora_exp.provenance import versions
 
@@ -30,8 +31,9 @@ def write_results(table: Table, counts: dict[str, Any], arguments: argparse.Name
         f"Rows: {counts['short']} short (100 to 250 tokens), {counts['all']} in all; batch 8, max_length 512, "
         "LoRA r=16 on all linear layers of SmolLM2-135M-Instruct, no gradient checkpointing. lora_exp on the allocator "
         "that its command starts with (mimalloc on Linux), TRL on the system's.",
-        f"{arguments.repeats} pairs of processes by turns, {arguments.steps} timed steps each; medians, "
-        "and the least and greatest ratio of a pair. `python -m benchmarks.compare --rows FOLDER --write`",
+        f"{count(arguments.repeats, 'pair')} of processes by turns, {arguments.steps} timed steps each; means of the "
+        "steps, medians of the pairs, and the least and greatest ratio of a pair. "
+        "`python -m benchmarks.compare --rows FOLDER --write`",
         "",
         "| " + " | ".join(str(column.header) for column in table.columns) + " |",
         "|" + "---|" * len(table.columns),

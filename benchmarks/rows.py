@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.case import BATCH
+
 SHORT = (100, 250)
 """Tokens of a row in the short set: prompt and the longer answer."""
 
@@ -29,6 +31,8 @@ def write_rows(source: Path, folder: Path, tokenizer: Any, kind: str) -> dict[st
         "train.dpo.jsonl": [row for row in pairs if _wanted(kind, tokenizer, row, ("chosen", "rejected"))],
         "train.jsonl": [row for row in _read(source / "train.jsonl") if _wanted(kind, tokenizer, _text(row), ("a",))],
     }
+    # Whole batches, so that every timed step is one of eight rows.
+    rows = {name: chosen[: len(chosen) // BATCH * BATCH or None] for name, chosen in rows.items()}
     for name, chosen in rows.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
     return {name: len(chosen) for name, chosen in rows.items()}
