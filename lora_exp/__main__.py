@@ -13,8 +13,9 @@ import hydra
 from omegaconf import DictConfig
 
 from lora_exp.cli import launch_from_hydra, prepare
-from lora_exp.config import CONF_DIR, register_resolvers
+from lora_exp.config import CONF_DIR
 from lora_exp.errors import USER_ERROR_STATUS, Interrupted, UserError, print_user_error
+from lora_exp.resolvers import register_resolvers
 from lora_exp.sweeps.failures import failures
 
 register_resolvers()

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from omegaconf import OmegaConf
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,10 +22,8 @@ from pydantic import (
     field_validator,
 )
 
-from lora_exp.help_page import help_page
 from lora_exp.library_fields import library_values, one_of
 from lora_exp.rules import Rule
-from lora_exp.sweeps.names import trial_name
 
 MISSING = "???"
 CONF_DIR = next(
@@ -35,22 +32,6 @@ CONF_DIR = next(
     if (folder / "config.yaml").is_file()
 )
 """`conf/`: beside the package in a clone, inside it in a wheel."""
-
-
-def register_resolvers() -> None:
-    """Register what the YAML files compute with.
-
-    `${half:n}`, `${coalesce:a,b}` (the first that is not null), `${trial_name:overrides,axes,variant}` (a trial's
-    folder), `${help_page:}` (the text of `--help`).
-    """
-    # A wrong type is told where it stands, not where it is computed with.
-    OmegaConf.register_new_resolver("half", lambda n: n // 2 if isinstance(n, int) else None, replace=True)
-    OmegaConf.register_new_resolver(
-        "coalesce", lambda *values: next((value for value in values if value is not None), None), replace=True
-    )
-    OmegaConf.register_new_resolver("trial_name", trial_name, replace=True)
-    OmegaConf.register_new_resolver("help_page", lambda: help_page(CONF_DIR), replace=True)
-
 
 SIZE = "a size with its unit, such as 2GB or 500MB"
 

@@ -16,11 +16,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lora_exp.config import ModelConfig, register_resolvers
+from lora_exp.config import ModelConfig
 from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError, print_user_error
 from lora_exp.models.source import fetched_dir
 from lora_exp.quiet import quiet_libraries
 from lora_exp.reports.console import say
+from lora_exp.resolvers import register_resolvers
 
 
 def fetch(config: ModelConfig) -> Path:

@@ -17,12 +17,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from lora_exp.config import CONF_DIR, register_resolvers
+from lora_exp.config import CONF_DIR
 from lora_exp.errors import USER_ERROR_STATUS, Interrupted, Problem, UserError, print_user_error
 from lora_exp.provenance import data_file, git_state, sha256, versions
 from lora_exp.reports.console import say
 from lora_exp.reports.differences import Difference, input_differences, outcome, tell_inputs, tell_outcome
 from lora_exp.reports.results import read_results
+from lora_exp.resolvers import register_resolvers
 from lora_exp.run_folder import RunFolder
 
 DIFFERS_STATUS = 1

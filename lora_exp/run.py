@@ -240,17 +240,18 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
         if launch.trial is not None:
             report_to(launch.trial, trainer, config.objectives[0])
         leave_on_signal(attempt.interrupts, trainer)
-        final = _train(config, attempt, prepared, trainer)
-        from lora_exp.preflight.duration import keep_measured_speed
+        with attempt.interrupts.keeping_the_end(trainer.checkpoint_of_end):
+            final = _train(config, attempt, prepared, trainer)
+            from lora_exp.preflight.duration import keep_measured_speed
 
-        keep_measured_speed(config, prepared, trainer, final, folder.wall_times)
-        found = _objectives(config, final)
-        objective = next(iter(found.values()), None)
-        peak = peak_memory_bytes(policy.device)
-        folder.note(objective=objective, objectives=found, peak_memory_bytes=peak)
-        tracker.summarize({**final, "objective": objective, "peak_memory_bytes": peak})
-        tracker.table("samples", read_jsonl(folder.path / "samples.jsonl"))
-        tracker.adapter(folder.adapter)
+            keep_measured_speed(config, prepared, trainer, final, folder.wall_times)
+            found = _objectives(config, final)
+            objective = next(iter(found.values()), None)
+            peak = peak_memory_bytes(policy.device)
+            folder.note(objective=objective, objectives=found, peak_memory_bytes=peak)
+            tracker.summarize({**final, "objective": objective, "peak_memory_bytes": peak})
+            tracker.table("samples", read_jsonl(folder.path / "samples.jsonl"))
+            tracker.adapter(folder.adapter)
         ending = "finished"
     except Pruned:
         ending = "pruned"

@@ -27,8 +27,8 @@ os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 os.environ.pop("COLUMNS", None)
 
 from lora_exp.compose import Composer  # noqa: E402
-from lora_exp.config import register_resolvers  # noqa: E402
 from lora_exp.models.source import cache_dir  # noqa: E402
+from lora_exp.resolvers import register_resolvers  # noqa: E402
 
 _cache = Path(_hub_cache.name) / "lora_exp"
 _cache.mkdir()

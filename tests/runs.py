@@ -10,8 +10,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config import CONF_DIR, register_resolvers
+from lora_exp.config import CONF_DIR
 from lora_exp.reports.results import RunResults, read_results
+from lora_exp.resolvers import register_resolvers
 
 
 @dataclass(frozen=True)

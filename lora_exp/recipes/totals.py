@@ -28,9 +28,13 @@ class Totals(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.began = time.time()
         self.due: list[str] = []
         """What the step of the checkpoint has not got to: `evaluation`, and `save` where one was to follow."""
+        self.ended: dict[str, Any] | None = None
+        """The sums as they were at the end, where a checkpoint of it is written after the summary."""
 
     def state(self) -> dict[str, Any]:
         """Return the sums as JSON keeps them; a float comes back bit for bit."""
+        if self.ended is not None:
+            return {"args": {}, "attributes": self.ended}
         trainer = self.trainer
         sums = {
             "seconds": self.seconds_before + time.time() - self.began,

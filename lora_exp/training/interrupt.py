@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -98,6 +98,22 @@ class Interrupts:
                 self.leave()
         finally:
             self._training = False
+
+    @contextmanager
+    def keeping_the_end(self, save: Callable[[], Path | None]) -> Iterator[None]:
+        """Have a run that leaves after its last step, but before its results are whole, write a checkpoint first.
+
+        Args:
+            save: Returns that of the last step; None where there can be none, as before the training has ended.
+        """
+        try:
+            yield
+        except Interrupted:
+            checkpoint = save()
+            if checkpoint is None:
+                raise
+            self.checkpoint = checkpoint
+            self.leave()
 
     @property
     def asked(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class WholeCheckpoints:
     totals: Totals
     _part: Path | None = None
     """Where a checkpoint is being written."""
+    _end: tuple[Any, ...] | None = None
+    """The training's last moment, before its summary: state, sums, random states."""
 
     def _get_output_dir(self, trial: Any) -> str:
         """Return where checkpoints are looked for, and where one is written for now."""
@@ -42,7 +45,7 @@ class WholeCheckpoints:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write beside the place, seal, move; only then may an older one be deleted."""
-        state = self.state  # type: ignore[attr-defined]
+        state = self.state
         args = self.args  # type: ignore[attr-defined]
         checkpoints = Path(args.output_dir)
         place = checkpoints / f"checkpoint-{state.global_step}"
@@ -65,7 +68,7 @@ class WholeCheckpoints:
         Raises:
             UserError: If it is not.
         """
-        best = Path(self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+        best = Path(self.state.best_model_checkpoint)
         reason = damage(best)
         if reason is not None:
             problem = Problem(str(best), f"the best checkpoint is damaged: {reason}", "load_best_model_at_end=false")
@@ -96,7 +99,27 @@ class WholeCheckpoints:
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Evaluate first, where the last step of all was left without."""
         self._evaluate_what_is_due()
+        self._end = deepcopy(self.state), self.totals.state()["attributes"], _random_states()
         return super()._finalize_training(trial, num_train_samples, start_time)  # type: ignore[misc]
+
+    def checkpoint_of_end(self) -> Path | None:
+        """Return the checkpoint of the last step, written now where none was asked for.
+
+        Returns:
+            Its folder; None while the training goes on, and where the weights are no longer the last but the best.
+        """
+        if self._end is None:
+            return None
+        args = self.args  # type: ignore[attr-defined]
+        self.state, sums, random_states = self._end
+        place = Path(args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not place.is_dir():
+            if args.load_best_model_at_end:
+                return None
+            self.totals.ended = sums
+            _set_random_states(random_states)
+            self._save_checkpoint(self.model, None)  # type: ignore[attr-defined]
+        return place
 
     def _evaluate_what_is_due(self) -> None:
         due, self.totals.due = self.totals.due, []
@@ -109,7 +132,7 @@ class WholeCheckpoints:
             None,
             self.model,  # type: ignore[attr-defined]
             None,
-            self.state.epoch,  # type: ignore[attr-defined]
+            self.state.epoch,
             None,
             time.time(),
         )

@@ -75,6 +75,25 @@ def test_an_evaluation_that_is_left_is_made_first_when_the_run_goes_on(
     tally.survive("SIGTERM in an evaluation")
 
 
+@pytest.mark.parametrize(
+    "moment", [when_there("metrics.json"), pytest.param(when_logged(13), marks=pytest.mark.faults)]
+)
+def test_after_the_last_step_the_training_is_kept_where_no_checkpoints_are_asked_for(
+    server: Server, tally: Tally, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, moment: Moment
+) -> None:
+    """After the summary of the training, in the evaluation or the answers; and in the last moment of all."""
+    without = ["trainer.save_strategy=no", "trainer.per_device_eval_batch_size=1"]
+    cwd = tmp_path_factory.mktemp("without")
+    assert end_with(server, cwd, {}, *without).status == 0
+    ended = end_with(server, tmp_path, {"SIGTERM": moment}, *without)
+    tally.inject("SIGTERM after the last step")
+    assert ended.status == 143, ended.said
+    assert "go on from checkpoint-10 with" in ended.said
+    assert server.run("resume=run", cwd=tmp_path).status == 0
+    assert {**outcome(tmp_path / "run"), "checkpoints": 0} == {**outcome(cwd / "run"), "checkpoints": 0}
+    tally.survive("SIGTERM after the last step")
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("second", [None, "SIGINT again"], ids=["time is up", "Ctrl-C twice"])
 def test_a_step_that_does_not_end_is_given_up(server: Server, tally: Tally, tmp_path: Path, second: str | None) -> None:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_exp.compose import Composer
-from lora_exp.config import register_resolvers
 from lora_exp.errors import UserError
+from lora_exp.resolvers import register_resolvers
 from lora_exp.sweeps.identity import identity_of
 from lora_exp.sweeps.names import LONGEST, safe, trial_name
 from lora_exp.sweeps.plan import SweepPlan
