@@ -123,7 +123,12 @@ class Server:
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         running = Running(json.loads(self._answer())["pid"], folder or cwd)
-        self._harm(running, harm or {})
+        try:
+            self._harm(running, harm or {})
+        except BaseException:  # a test that fails must leave no answer behind for the next
+            os.kill(running.pid, signal.SIGKILL)
+            self._answer()
+            raise
         status = json.loads(self._answer())["status"]
         return Ended(status, log.read_text(errors="replace") if log.exists() else "")
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,14 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def fill(place: Path, left: int) -> None:
-    """Fill a disk but for some bytes."""
-    free = os.statvfs(place)
-    size = free.f_bavail * free.f_frsize - left
-    with (place / f"filler{size}").open("wb") as file:
-        file.write(bytes(max(size, 0)))
+    """Fill a disk but for some bytes, while the run may be writing to it too."""
+    with (place / f"filler{len(list(place.iterdir()))}").open("wb", buffering=0) as file:
+        size = 1
+        while size > 0:
+            free = os.statvfs(place)
+            size = free.f_bavail * free.f_frsize - left
+            with suppress(OSError):  # the run has taken of it since; what is left now is less
+                file.write(bytes(max(size, 0)))
 
 
 def filled(when: Moment, left: int) -> Moment:
