@@ -15,6 +15,7 @@ from lora_exp.machine import device_facts
 from lora_exp.provenance import versions
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+SWEEP = "\n## Sweep\n"
 
 
 def write_results(table: Table, counts: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> None:
@@ -39,10 +40,16 @@ def write_results(table: Table, counts: dict[str, Any], arguments: argparse.Name
         "|" + "---|" * len(table.columns),
         *("| " + " | ".join(map(str, row)) + " |" for row in zip(*cells, strict=True)),
     ]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _, heading, sweep = _parts()
+    RESULTS.write_text("\n".join(lines) + "\n" + heading + sweep, encoding="utf-8")
 
 
 def append_sweep(line: str) -> None:
     """Add the figures of a sweep, in place of earlier ones."""
-    kept = RESULTS.read_text(encoding="utf-8").partition("\n## Sweep\n")[0] if RESULTS.is_file() else "# Results\n"
-    RESULTS.write_text(f"{kept.rstrip()}\n\n## Sweep\n\n{line}\n", encoding="utf-8")
+    table, _, _ = _parts()
+    RESULTS.write_text(f"{table.rstrip()}\n{SWEEP}\n{line}\n", encoding="utf-8")
+
+
+def _parts() -> tuple[str, str, str]:
+    """Return the table, the heading of the sweep, and what stands below it."""
+    return (RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else "# Results\n").partition(SWEEP)
