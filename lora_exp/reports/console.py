@@ -253,16 +253,17 @@ def _fitting(board: Leaderboard, points: Sequence[Point]) -> list[str]:
     fixed = ["#", "objective", *board.further_objectives, "status", "time"]
     cells = [_point_cells(point, board, [])[:-1] for point in points]
     widths = [max(len(text) for text in column) for column in zip(fixed, *cells, strict=True)]
-    names = [point.best.name for point in points]
-    named = 3 + min(RUN_WIDTH, max(map(len, names))) if any("=" not in name for name in names) else 0
+    names = ["run", *(point.best.name for point in points)]
+    run = 3 + min(RUN_WIDTH, max(map(len, names)))
+    named = any("=" not in name for name in names[1:])
     room = console.width - 2 - sum(width + 3 for width in widths)
     each = [
         3 + max(len(short[key]), *(len(setting(point.axes.get(key, ""))) for point in points)) for key in board.axes
     ]
-    if sum(each) <= room - named:
+    if sum(each) <= (room - run if named else room):
         return list(board.axes)
     # What is left out stands in the runs' names.
-    return [key for key, total in zip(board.axes, accumulate(each), strict=True) if total <= room - RUN_WIDTH]
+    return [key for key, total in zip(board.axes, accumulate(each), strict=True) if total <= room - run]
 
 
 def _point_cells(point: Point, board: Leaderboard, axes: Iterable[str]) -> list[str]:
