@@ -169,7 +169,7 @@ def _readable() -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise Unreadable("is no longer there") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:  # the last: a column's name
         raise Unreadable(f"is damaged: {_sentence(error)}", DAMAGED_MEND) from error
     except OSError as error:  # pyarrow raises its own errors as one without a number
         known = f"cannot be read: {error.strerror}" if error.errno else f"is damaged: {_sentence(error)}"

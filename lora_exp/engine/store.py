@@ -249,7 +249,7 @@ class ReferenceStore:
                     problems.append(problem)
         except sqlite3.OperationalError as error:
             raise refusal(self.path, error) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             problems.append(f"the file cannot be read further: {error}")
         return problems
 

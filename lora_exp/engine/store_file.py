@@ -115,7 +115,7 @@ class StoreFile:
                 if not (_is_damage(error) or self._is_damaged(error)):
                     raise refusal(self.path, error) from error
                 why = str(error)
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 if not _is_damage(error):
                     raise
                 why = str(error)
@@ -130,7 +130,7 @@ class StoreFile:
             return bool(self.db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",))
         except sqlite3.OperationalError:
             return False
-        except sqlite3.DatabaseError:
+        except (sqlite3.DatabaseError, UnicodeDecodeError):
             return True
 
     @contextmanager
@@ -228,7 +228,7 @@ class StoreFile:
             self.opened = self.now()
         except BaseException as error:
             db.close()
-            if isinstance(error, sqlite3.DatabaseError) and _is_damage(error):
+            if _is_damage(error):
                 raise _UnfitError("damaged", str(error)) from error
             raise
 
@@ -319,9 +319,12 @@ def _file_id(path: Path) -> tuple[int, int] | None:
     return (found.st_dev, found.st_ino) if found.st_size else None
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
+def _is_damage(error: BaseException) -> bool:
     """Tell a damaged file from what the system refuses and from mistakes, which are subclasses."""
-    return type(error) is sqlite3.DatabaseError or any(sign in str(error) for sign in DAMAGE)
+    if isinstance(error, UnicodeDecodeError):  # a damaged name, in the sentence that would tell of it
+        return True
+    signs = isinstance(error, sqlite3.DatabaseError) and any(sign in str(error) for sign in DAMAGE)
+    return signs or type(error) is sqlite3.DatabaseError
 
 
 def refusal(path: Path, reason: Exception | str) -> UserError:
