@@ -467,6 +467,21 @@ def test_no_damage_makes_a_wrong_value_or_stops_the_work(
             store.summary()
 
 
+def test_a_damaged_name_is_damage_also_where_sqlite_cannot_quote_it(intact: bytes, path: Path) -> None:
+    """Each in turn: a table's, in the first page, where its statement stands."""
+    places = [found.start() for found in re.finditer(rb"entries|models", intact[:8192])]
+    values = rows(5)
+    path.parent.mkdir()
+    assert places
+    for at in places:
+        path.write_bytes(intact[:at] + b"\x80" + intact[at + 1 :])
+        with ReferenceStore(path, PLENTY) as store:
+            store.check()
+            assert right(store.get(ME, list(values)), values)
+        for file in path.parent.iterdir():
+            file.unlink()
+
+
 def test_a_store_of_another_version_is_moved_aside_with_its_own_sentence(path: Path) -> None:
     filled(path, rows(2))
     sql(path, "PRAGMA user_version = 7")
