@@ -115,19 +115,27 @@ class StoreFile:
                 if not (_is_damage(error) or self._is_damaged(error)):
                     raise refusal(self.path, error) from error
                 why = str(error)
-            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            except sqlite3.DatabaseError as error:
                 if not _is_damage(error):
+                    raise
+                why = str(error)
+            except UnicodeDecodeError as error:  # a damaged name in SQLite's own sentence, or a mistake of the work
+                if not self._is_damaged(error):
                     raise
                 why = str(error)
             self._replace_damaged(why)
         raise refusal(self.path, "was damaged again and again")
 
-    def _is_damaged(self, error: sqlite3.OperationalError) -> bool:
-        """Tell whether it is the file that the system's refusal comes from: a wrong row number reads as a full disk."""
+    def _is_damaged(self, error: Exception) -> bool:
+        """Tell whether it is the file that an error comes from: a wrong row number reads as a full disk."""
         if "locked" in str(error):
             return False
         try:
-            return bool(self.db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",))
+            if self.db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                return True
+            # It reads no names; bytes that are no text come as the mark for them (`_connection`).
+            statements = self.db.execute("SELECT name || coalesce(sql, '') FROM sqlite_master")
+            return any("\ufffd" in statement for (statement,) in statements)
         except sqlite3.OperationalError:
             return False
         except (sqlite3.DatabaseError, UnicodeDecodeError):

@@ -482,6 +482,14 @@ def test_a_damaged_name_is_damage_also_where_sqlite_cannot_quote_it(intact: byte
             file.unlink()
 
 
+def test_a_mistake_that_reads_no_text_moves_no_good_store_aside(path: Path) -> None:
+    with closing(store_file.StoreFile(filled(path, rows(2)), lambda: None)) as file:
+        with pytest.raises(UnicodeDecodeError):
+            file.mending(lambda: b"\x80".decode())
+        assert file.note is None
+    assert read(path, list(rows(2))) == rows(2)
+
+
 def test_a_store_of_another_version_is_moved_aside_with_its_own_sentence(path: Path) -> None:
     filled(path, rows(2))
     sql(path, "PRAGMA user_version = 7")
