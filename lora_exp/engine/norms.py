@@ -86,12 +86,9 @@ class _RmsNorm(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):  # it would take the sum of squares in half precision
             wide = x.to(torch.float32)
-            # The norm is one pass that sums as it squares; vecdot would write the squares down first.
-            length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-            inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            inverse = torch.linalg.vecdot(wide, wide)[..., None].div_(x.shape[-1]).add_(eps).rsqrt_()
             ctx.save_for_backward(x, weight, inverse)
-            normed = wide * inverse if wide is x else wide.mul_(inverse)
-            return normed.to(x.dtype).mul_(weight)
+            return (wide * inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
