@@ -12,6 +12,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from lora_exp.data.kinds import IGNORED
 from lora_exp.engine.attention import Layout, use_packed_attention
+from lora_exp.engine.gated_mlp import fusable_mlps, fused_mlps
 from lora_exp.engine.head import Head, TokenScores, score_tokens
 from lora_exp.engine.norms import fusable_norms, fused_norms
 from lora_exp.engine.packing import PackedRow, Row
@@ -33,6 +34,7 @@ class PackedForward:
         use_packed_attention(base)
         self.base = base
         self.norms = fusable_norms(base)
+        self.mlps = fusable_mlps(base)
         self.squares = squares
 
     def hidden(self, row: PackedRow) -> torch.Tensor:
@@ -66,12 +68,12 @@ class PackedForward:
 
     @contextmanager
     def _fused(self) -> Iterator[None]:
-        """Compute adapters and norms in fewer passes within the block."""
+        """Compute adapters and norms in fewer passes within the block, and have MLPs keep less."""
         # Recomputing a checkpointed layer happens outside the block, and must compute the same.
         if _recomputes(self.base):
             yield
             return
-        with fused_lora(self.base), fused_norms(self.norms):
+        with fused_lora(self.base), fused_norms(self.norms), fused_mlps(self.mlps):
             yield
 
     def scores(self, row: PackedRow) -> TokenScores:

@@ -1,0 +1,121 @@
+"""Gated MLPs (arXiv 2002.05202, `SwiGLU` and its like) that keep two tensors for the backward pass instead of four.
+
+transformers writes `down_proj(act_fn(gate_proj(x)) * up_proj(x))` (`LlamaMLP` and some 140 classes like it, read in
+transformers 5.23). Autograd then keeps the gate, its activation, `up` and, for the adapter of `down_proj`, the product:
+more than half of what a layer keeps. Here it keeps gate and `up`; the other two are computed from them again, by the
+same operations, so that every number stays the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def fusable_mlps(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules that compute `down_proj(act_fn(gate_proj(x)) * up_proj(x))`, found out on random numbers."""
+    return [module for module in model.modules() if _looks_like_one(module) and _is_one(module)]
+
+
+def _looks_like_one(module: torch.nn.Module) -> bool:
+    return (
+        {name for name, _ in module.named_children()} == PARTS
+        and "forward" not in vars(module)
+        and not list(module.act_fn.parameters())
+        and len(inspect.signature(module.forward).parameters) == 1
+    )
+
+
+def _is_one(module: Any) -> bool:
+    """Whether its class puts the parts together so, tried with parts that cost nothing."""
+    parts = SimpleNamespace(
+        gate_proj=lambda x: x + 1, up_proj=lambda x: 3 * x, down_proj=lambda x: 0.5 - x, act_fn=module.act_fn
+    )
+    generator = torch.Generator().manual_seed(0)  # the run's own random numbers stay as they are
+    sizes = torch.tensor([[0.01], [1.0], [100.0]])  # a class may cut off large ones
+    x = torch.randn(3, 64, generator=generator) * sizes
+    try:
+        found = type(module).forward(parts, x)
+    except (AttributeError, TypeError):  # it is made of other parts as well
+        return False
+    gate, up = parts.gate_proj(x), parts.up_proj(x)
+    return bool(torch.allclose(found, parts.down_proj(_gated(gate, up, module.act_fn)), rtol=0, atol=0))
+
+
+@contextmanager
+def fused_mlps(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Have these modules keep less within the block; backward passes may follow after it."""
+    for module in modules:
+        module.forward = _forward_of(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _forward_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        product = _GatedActivation.apply(module.gate_proj(x), module.up_proj(x), module.act_fn)
+        with _computed_again(product):
+            down: torch.Tensor = module.down_proj(product)
+            return down
+
+    return forward
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor, act: Any) -> torch.Tensor:
+    product: torch.Tensor = act(gate) * up
+    return product
+
+
+class _GatedActivation(torch.autograd.Function):  # type: ignore[misc]
+    """act(gate) * up, of which the activation is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Any) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return _gated(gate, up, act)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.act(leaf)
+        (slope,) = torch.autograd.grad(activated, leaf, grad * up)
+        return slope, grad * activated.detach(), None
+
+
+@contextmanager
+def _computed_again(product: torch.Tensor) -> Iterator[None]:
+    """Have whoever keeps `product` within the block compute it again instead.
+
+    What it is computed from is asked of its own node in the graph, whose backward pass comes later.
+    """
+    node: Any = product.grad_fn
+    if node is None:
+        yield
+        return
+    place, size = product.untyped_storage()._cdata, product.numel()  # the product itself would live on in `pack`
+
+    def pack(kept: torch.Tensor) -> torch.Tensor | torch.Size:
+        whole = kept.untyped_storage()._cdata == place and kept.numel() == size and kept.is_contiguous()
+        return kept.shape if whole else kept
+
+    def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        gate, up = node.saved_tensors
+        return _gated(gate, up, node.act).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
