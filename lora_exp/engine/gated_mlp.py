@@ -9,6 +9,7 @@ same operations, so that every number stays the same to the last bit.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -97,15 +98,16 @@ class _GatedActivation(torch.autograd.Function):  # type: ignore[misc]
 
 @contextmanager
 def _computed_again(product: torch.Tensor) -> Iterator[None]:
-    """Have whoever keeps `product` within the block compute it again instead.
+    """Have whoever saves `product` for a backward pass within the block compute it again instead.
 
-    What it is computed from is asked of its own node in the graph, whose backward pass comes later.
+    What it is computed from is asked of its own node in the graph, whose backward pass comes later. bitsandbytes'
+    8-bit layers hold on to their input in another way; then it is still there.
     """
     node: Any = product.grad_fn
     if node is None:
         yield
         return
-    place, size = product.untyped_storage()._cdata, product.numel()  # the product itself would live on in `pack`
+    place, size, still_there = product.untyped_storage()._cdata, product.numel(), weakref.ref(product)
 
     def pack(kept: torch.Tensor) -> torch.Tensor | torch.Size:
         whole = kept.untyped_storage()._cdata == place and kept.numel() == size and kept.is_contiguous()
@@ -114,6 +116,9 @@ def _computed_again(product: torch.Tensor) -> Iterator[None]:
     def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
             return kept
+        there: torch.Tensor | None = still_there()
+        if there is not None:
+            return there.detach().view(kept)
         gate, up = node.saved_tensors
         return _gated(gate, up, node.act).view(kept)
 

@@ -146,7 +146,7 @@ class _Keep(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
+        ctx.x = x  # as bitsandbytes does it: what torch would save might be computed again (`engine/gated_mlp.py`)
         return x.view_as(x)
 
     @staticmethod
@@ -156,7 +156,7 @@ class _Keep(torch.autograd.Function):  # type: ignore[misc]
 
 @contextmanager
 def _inputs_kept(twin: Twin) -> Iterator[None]:
-    """Have quantised layers keep their input in 8 bits (bitsandbytes 0.50, `autograd/_functions.py`)."""
+    """Have layers quantised to 8 bits keep their input (bitsandbytes 0.50, `autograd/_functions.py`)."""
     handles = []
     if twin.bits == 8:
         for name, module in twin.base.named_modules():
