@@ -49,9 +49,13 @@ SMALL = [
 ]
 
 
-def pairs(number: int = 13) -> list[Row]:
-    """Return preference rows of 1 to 40 tokens an answer; some start alike, up to the last token.
+SYSTEM = "you are a helpful assistant."
 
+
+def pairs(number: int = 13) -> list[Row]:
+    """Return preference rows of 1 to 40 tokens an answer; some answers start alike, up to the last token.
+
+    Every third prompt starts with the same text.
     Between one row and the next lie up to a hundred tokens, so a padded batch is mostly padding.
     """
     draw = random.Random(0)
@@ -62,6 +66,8 @@ def pairs(number: int = 13) -> list[Row]:
     rows = []
     for index in range(number):
         prompt, chosen, rejected = text(60), text(40), text(40)
+        if index % 3 == 0:
+            prompt = f"{SYSTEM} {prompt}"
         if index % 4 == 1:
             rejected = chosen[:-1] + "!"
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})

@@ -1,4 +1,4 @@
-"""Attention over a flat row in which each token sees its own row's past and nothing else.
+"""Attention over a flat row in which each token sees its own rows' past and nothing else.
 
 Registered with transformers as the implementation `packed` (`AttentionInterface`, read in transformers 5.23): it
 serves every architecture that asks that interface. Without a layout it is transformers' own sdpa, so generation and
@@ -14,8 +14,6 @@ On CUDA half precision goes through one kernel instead (`flex.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,186 +23,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lora_exp.engine import flex
-from lora_exp.engine.packing import Family
+from lora_exp.engine.layout import Block, Layout
 
 PACKED = "packed"
 """The name under which transformers knows this attention."""
 
-DENSE = 64
-"""Families up to this many tokens are one part: fewer, larger products beat what causality saves."""
-
-QUERIES = 64
-"""Queries a part in longer families."""
-
-CALLS = 30_000
-"""What the calls of one block cost, in scores of all heads that could be computed meanwhile (measured on two cores)."""
-
-SCORES = 2**19
-"""Scores a head in one block at most, so that they stay near the processor's caches."""
-
 REFUSED = ("softcap", "s_aux", "position_bias", "sinks")
 """Arguments with which some architectures change the scores; not computed here."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some tokens of a family and what they see.
-
-    Args:
-        queries: Their places in the flat row.
-        keys: The places of what they may see.
-        allowed: Which of these each may see [queries, keys].
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    allowed: torch.Tensor
-
-
-class Block:
-    """N parts of like size that are computed together, padded to Q queries and K keys.
-
-    Attributes:
-        queries: Places of the queries [N, Q].
-        keys: Places of the keys [N, K].
-        mask: Added to the scores [N, 1, Q, K]: 0 or -inf.
-        padding: Which of the N * Q queries are padding; places in the flattened `queries`.
-        real: The others.
-        tokens: The places of the real ones in the flat row.
-    """
-
-    def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
-        queries, keys = (_rounded(max(len(getattr(part, name)) for part in parts)) for name in ("queries", "keys"))
-        self.queries = torch.stack([_padded(part.queries, queries) for part in parts]).to(device)
-        self.keys = torch.stack([_padded(part.keys, keys) for part in parts]).to(device)
-        mask = torch.full((len(parts), 1, queries, keys), float("-inf"))
-        is_real = torch.zeros(len(parts), queries, dtype=torch.bool)
-        for number, part in enumerate(parts):
-            height, width = part.allowed.shape
-            mask[number, 0, :height, :width].masked_fill_(part.allowed, 0)
-            mask[number, 0, height:, 0] = 0  # padding sees something, or its softmax would be no number
-            is_real[number, :height] = True
-        self.mask = mask.to(device)
-        self.padding = (~is_real).flatten().nonzero()[:, 0].to(device)
-        self.real = is_real.flatten().nonzero()[:, 0].to(device)
-        self.tokens = self.queries.flatten()[self.real]
-
-
-def _rounded(length: int) -> int:
-    """Return a length that many blocks share: a processor compiles a product for each (`PackedForward`)."""
-    return length + -length % 16 if length > 64 else length
-
-
-def _padded(places: torch.Tensor, length: int) -> torch.Tensor:
-    return torch.cat([places, places[:1].expand(length - len(places))])
-
-
-class Layout:
-    """Which tokens of a flat row see which.
-
-    Args:
-        families: In their order in the row.
-        device: Where the masks are needed.
-        padding: Tokens behind the families, which see none of them.
-    """
-
-    def __init__(self, families: Sequence[Family], device: torch.device, padding: int = 0) -> None:
-        self.families = families
-        self.padding = padding
-        self.device = device
-        self._blocks: dict[int | None, list[Block]] = {}
-        self._flex: dict[int | None, Any] = {}
-
-    def flex_mask(self, window: int | None) -> Any:
-        """Return the row's `BlockMask`; its layers share it."""
-        if window not in self._flex:
-            self._flex[window] = flex.block_mask(flex.Places.of(self.families, self.device), window)
-        return self._flex[window]
-
-    def blocks(self, window: int | None) -> list[Block]:
-        """Return the blocks of the row. `window`: a token sees this many tokens back, itself included."""
-        if window not in self._blocks:
-            parts = list(self._parts(window))
-            self._blocks[window] = [Block(group, self.device) for group in _grouped_parts(parts)]
-        return self._blocks[window]
-
-    def _parts(self, window: int | None) -> Iterator[Part]:
-        start = 0
-        for family in self.families:
-            if len(family) <= DENSE:
-                yield _whole(family, start, window)
-            else:
-                yield from _cut(family, start, window)
-            start += len(family)
-        if self.padding:
-            places = torch.arange(start, start + self.padding)
-            yield Part(places, places, _causal(places, places, None))
-
-
-def _whole(family: Family, start: int, window: int | None) -> Part:
-    """Return a short family as one part."""
-    shared, length = family.prefix, len(family)
-    position, branch = torch.arange(length), torch.full((length,), -1)
-    end = shared
-    for number, size in enumerate(family.branches):
-        position[end : end + size] = torch.arange(shared, shared + size)
-        branch[end : end + size] = number
-        end += size
-    own = (branch[None] == branch[:, None]) | (branch[None] == -1)
-    places = torch.arange(start, start + length)
-    return Part(places, places, _causal(position, position, window) & own)
-
-
-def _cut(family: Family, start: int, window: int | None) -> Iterator[Part]:
-    """Cut a long family's rows into parts; the prefix is computed with its first row."""
-    shared = family.prefix
-    branch = start + shared
-    for number, size in enumerate(family.branches):
-        row = torch.cat([torch.arange(start, start + shared), torch.arange(branch, branch + size)])
-        for first in range(0 if number == 0 else shared, len(row), QUERIES):
-            last = min(first + QUERIES, len(row))
-            oldest = 0 if window is None else max(0, first - window + 1)
-            allowed = _causal(torch.arange(first, last), torch.arange(oldest, last), window)
-            yield Part(row[first:last], row[oldest:last], allowed)
-        branch += size
-
-
-def _causal(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Return which keys each query may see, by position in their row [queries, keys]."""
-    distance = queries[:, None] - keys[None]
-    allowed = distance >= 0
-    return allowed if window is None else allowed & (distance < window)
-
-
-def _grouped_parts(parts: Sequence[Part]) -> list[Sequence[Part]]:
-    """Share parts out over blocks, the largest first, so that calls and padding together cost least.
-
-    Parts that follow one another by size make a block; where to cut is found by dynamic programming.
-    """
-    parts = sorted(parts, key=lambda part: (len(part.keys), len(part.queries)), reverse=True)
-    least, cut = [0.0], [0]
-    for end in range(1, len(parts) + 1):
-        options = ((least[start] + cost, start) for start, cost in _blocks_before(parts, end))
-        cost, start = min(options)
-        least.append(cost)
-        cut.append(start)
-    groups: list[Sequence[Part]] = []
-    end = len(parts)
-    while end:
-        groups.append(parts[cut[end] : end])
-        end = cut[end]
-    return groups[::-1]
-
-
-def _blocks_before(parts: Sequence[Part], end: int) -> Iterator[tuple[int, int]]:
-    """Return where a block that ends before part `end` may start, and what it costs; a block of one part always may."""
-    queries = 0
-    for start in reversed(range(end)):
-        queries = max(queries, _rounded(len(parts[start].queries)))
-        scores = (end - start) * queries * _rounded(len(parts[start].keys))
-        if start < end - 1 and scores > SCORES:
-            return
-        yield start, CALLS + scores
 
 
 class _BlockAttention(torch.autograd.Function):  # type: ignore[misc]

@@ -17,6 +17,11 @@ NONE_EXPECTED = 1e-12
 """Expected dropped values below which none is."""
 
 
+def drops(model: torch.nn.Module) -> bool:
+    """Whether a model, in the mode that it is in, drops values."""
+    return any(isinstance(each, torch.nn.Dropout) and each.training and each.p > 0 for each in model.modules())
+
+
 def dropped_places(size: int, share: float) -> torch.Tensor:
     """Return which of `size` values are dropped, each with probability `share` and independently; ascending int64 [K].
 

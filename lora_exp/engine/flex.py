@@ -6,64 +6,14 @@ that is a function of the two places. transformers compiles and calls it (`flex_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-
-from lora_exp.engine.packing import Family
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-SHARED = -1
-"""The branch of a family's prefix."""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where each of a flat row's T tokens stands; each field [T].
-
-    Args:
-        family: The number of its family.
-        branch: The number of its row within the family; `SHARED` in the prefix.
-        position: Its place in its row.
-    """
-
-    family: torch.Tensor
-    branch: torch.Tensor
-    position: torch.Tensor
-
-    @classmethod
-    def of(cls, families: Sequence[Family], device: torch.device) -> Places:
-        """Return the places of a flat row's tokens."""
-        parts: list[tuple[int, int, int, int]] = []  # family, branch, first position, tokens
-        for number, family in enumerate(families):
-            parts.append((number, SHARED, 0, family.prefix))
-            parts += [(number, branch, family.prefix, size) for branch, size in enumerate(family.branches)]
-        sizes = [size for *_, size in parts]
-        family_of, branch_of = (np.repeat([part[column] for part in parts], sizes) for column in (0, 1))
-        position = np.concatenate([np.arange(first, first + size) for _, _, first, size in parts])
-        fields = (torch.from_numpy(each).to(device) for each in (family_of, branch_of, position))
-        return cls(*fields)
-
-    def mask(self, window: int | None) -> Any:
-        """Return FlexAttention's `mask_mod`: whether the token at `query` sees the one at `key`.
-
-        Args:
-            window: A token sees this many tokens back, itself included; None: all.
-        """
-        family, branch, position = self.family, self.branch, self.position
-
-        def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            distance = position[query] - position[key]
-            own = (family[query] == family[key]) & ((branch[key] == SHARED) | (branch[key] == branch[query]))
-            seen = own & (distance >= 0)
-            return seen if window is None else seen & (distance < window)
-
-        return sees
+    from lora_exp.engine.layout import Sight
 
 
 def suits(query: torch.Tensor) -> bool:
@@ -78,10 +28,18 @@ def suits(query: torch.Tensor) -> bool:
     return bool(has_triton())
 
 
-def block_mask(places: Places, window: int | None) -> BlockMask:
-    """Return the mask of a flat row. On CUDA it is compiled, so that [T, T] is never held."""
+def block_mask(sight: Sight, window: int | None) -> BlockMask:
+    """Return the mask of a flat row. On CUDA it is compiled, so that [T, T] is never held.
+
+    Args:
+        sight: Which of its tokens see which.
+        window: A token sees this many tokens back, itself included; None: all.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    total, device = len(places.family), places.family.device
-    on_cuda = device.type == "cuda"
-    return create_block_mask(places.mask(window), None, None, total, total, device=str(device), _compile=on_cuda)
+    total, device = len(sight.ends), sight.ends.device
+
+    def mask(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return sight.seen(query, key, window)
+
+    return create_block_mask(mask, None, None, total, total, device=str(device), _compile=device.type == "cuda")

@@ -11,9 +11,10 @@ import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
 from lora_exp.data.kinds import IGNORED
-from lora_exp.engine.attention import Layout, use_packed_attention
+from lora_exp.engine.attention import use_packed_attention
 from lora_exp.engine.gated_mlp import fusable_mlps, fused_mlps
 from lora_exp.engine.head import Head, TokenScores, score_tokens
+from lora_exp.engine.layout import Layout
 from lora_exp.engine.norms import fusable_norms, fused_norms
 from lora_exp.engine.packing import PackedRow, Row
 from lora_exp.engine.peft import fused_lora
@@ -48,7 +49,7 @@ class PackedForward:
                 # transformers takes a mask of four dimensions as it is; without one it would build [T, T] for nothing.
                 attention_mask=torch.empty(1, 1, 1, 1, device=device),
                 use_cache=False,
-                layout=Layout(row.families, device, padding),
+                layout=Layout(row.segments, device, padding),
             )
         hidden: torch.Tensor = output.last_hidden_state[0, :length]
         return hidden

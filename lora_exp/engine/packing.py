@@ -5,9 +5,8 @@ No torch here: a plan is numbers, made on the processor from token ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -37,31 +36,52 @@ class Row:
 
 @dataclass(frozen=True)
 class Family:
-    """Rows that start alike: a preference pair, or a single row.
-
-    Laid out as `prefix, rest of row 0, rest of row 1, ...`; a token sees the prefix and its own row before it.
-    """
+    """The rows of an example: a preference pair, or a single row."""
 
     rows: tuple[Row, ...]
 
-    @cached_property
-    def prefix(self) -> int:
-        """Tokens that all rows share, from the start. Their hidden states are the same in every row."""
-        first = self.rows[0].ids
-        shared = len(first)
-        for row in self.rows[1:]:
-            shared = min(shared, len(row))
-            differs = np.flatnonzero(first[:shared] != row.ids[:shared])
-            shared = int(differs[0]) if len(differs) else shared
-        return shared
-
-    @cached_property
-    def branches(self) -> tuple[int, ...]:
-        """Tokens of each row after the prefix."""
-        return tuple(len(row) - self.prefix for row in self.rows)
-
     def __len__(self) -> int:
-        return self.prefix + sum(self.branches)
+        """Return the tokens that it takes when it is laid out by itself: what its rows share counts once."""
+        shared = _alike(self.rows, 0)
+        return shared + sum(len(row) - shared for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the flat row, whose tokens all the same rows share.
+
+    What follows it in some of those rows lies behind it, a branch after the other.
+
+    Args:
+        start: Its first place in the flat row.
+        stop: The place behind its last token.
+        end: The place behind the last of its branches.
+        position: Of its first token in its rows.
+        branches: What follows it.
+    """
+
+    start: int
+    stop: int
+    end: int
+    position: int
+    branches: tuple[Segment, ...] = ()
+
+    def walk(self) -> Iterator[Segment]:
+        """Yield it and all that follows it, in their order in the flat row."""
+        yield self
+        for branch in self.branches:
+            yield from branch.walk()
+
+
+def _alike(rows: Sequence[Row], first: int) -> int:
+    """Return where rows that are alike up to `first` begin to differ, or the first of them ends."""
+    one, *others = rows
+    shared = len(one)
+    for row in others:
+        shared = min(shared, len(row))
+        differs = np.flatnonzero(one.ids[first:shared] != row.ids[first:shared])
+        shared = first + int(differs[0]) if len(differs) else shared
+    return shared
 
 
 def families(rows: Sequence[Row], rows_per_example: int) -> list[Family]:
@@ -99,15 +119,16 @@ def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Families end to end in one flat row of T tokens, and which of its positions are scored.
+    """Rows in one flat row of T tokens, and which of its positions are scored.
 
     A position is scored once for each token that may follow it: S (position, token) pairs, which fill D places of
     the padded batch's per-token fields. D is larger than S where rows share scored tokens.
 
     Args:
-        families: In their order in the row.
+        segments: The flat row's, those that nothing comes before.
+        places: Where each row's tokens lie in the flat row, by the row's number.
         ids: Token ids [T].
-        positions: Position ids [T]: each row counts on from the prefix.
+        positions: Position ids [T]: each token's place in its own rows.
         scored: Positions in the flat row [S] whose next token is scored.
         targets: That token's id [S].
         rows: The padded batch's row [D] of each place.
@@ -115,7 +136,8 @@ class PackedRow:
         sources: Which of the S fills it [D].
     """
 
-    families: tuple[Family, ...]
+    segments: tuple[Segment, ...]
+    places: Mapping[int, Ids]
     ids: Ids
     positions: Ids
     scored: Ids
@@ -125,38 +147,71 @@ class PackedRow:
     sources: Ids
 
 
-def pack(members: Sequence[Family]) -> PackedRow:
-    """Lay families out in one flat row."""
-    ids, positions, at, targets, rows, columns = [], [], [], [], [], []
-    start = 0
+def pack(members: Sequence[Family], across: bool = True) -> PackedRow:
+    """Lay families out in one flat row, in which what rows have in common from their start is there once.
+
+    Args:
+        members: The families.
+        across: Whether rows of different families share too. A shared token has one hidden state, so where some of it
+            is dropped at random, the same is dropped for all.
+    """
+    groups = [[row for family in members for row in family.rows]] if across else [family.rows for family in members]
+    laid = _Laid()
+    segments = tuple(segment for group in groups for segment in laid.follow(group, 0))
+    places = {index: _joined(parts) for index, parts in laid.places.items()}
+    at, targets, rows, columns = [], [], [], []
     for family in members:
-        ids.append(family.rows[0].ids[: family.prefix])
-        positions.append(np.arange(family.prefix))
-        branch_start = start + family.prefix
         for row in family.rows:
-            length = len(row)
-            ids.append(row.ids[family.prefix :])
-            positions.append(np.arange(family.prefix, length))
             scored = np.flatnonzero(row.labels[1:] != IGNORED)
-            shared = scored < family.prefix
-            at.append(np.where(shared, start + scored, branch_start + scored - family.prefix))
+            at.append(places[row.index][scored])
             targets.append(row.labels[scored + 1])
             rows.append(np.full(len(scored), row.index))
             columns.append(scored)
-            branch_start += length - family.prefix
-        start += len(family)
     pairs = np.stack([_joined(at), _joined(targets)])
     unique, sources = np.unique(pairs, axis=1, return_inverse=True)
     return PackedRow(
-        tuple(members),
-        _joined(ids),
-        _joined(positions),
+        segments,
+        places,
+        _joined(laid.ids),
+        _joined(laid.positions),
         unique[0],
         unique[1],
         _joined(rows),
         _joined(columns),
         sources.reshape(-1),
     )
+
+
+class _Laid:
+    """What of a flat row is laid out so far: token ids and positions, and where each row's tokens lie, in stretches."""
+
+    def __init__(self) -> None:
+        self.ids: list[Ids] = []
+        self.positions: list[Ids] = []
+        self.places: dict[int, list[Ids]] = {}
+        self.total = 0
+
+    def follow(self, rows: Sequence[Row], first: int) -> Iterator[Segment]:
+        """Lay out what follows in rows that are alike up to `first`, a segment for each token that comes next."""
+        following: dict[int, list[Row]] = {}
+        for row in rows:
+            if len(row) > first:
+                following.setdefault(int(row.ids[first]), []).append(row)
+        for alike in following.values():
+            last = _alike(alike, first)
+            start = self._add(alike, first, last)
+            stop = self.total
+            branches = tuple(self.follow(alike, last))
+            yield Segment(start, stop, self.total, first, branches)
+
+    def _add(self, rows: Sequence[Row], first: int, last: int) -> int:
+        start = self.total
+        self.total += last - first
+        self.ids.append(rows[0].ids[first:last])
+        self.positions.append(np.arange(first, last))
+        for row in rows:
+            self.places.setdefault(row.index, []).append(np.arange(start, self.total))
+        return start
 
 
 def _joined(parts: list[Ids]) -> Ids:

@@ -12,7 +12,7 @@ import torch
 from lora_exp.data.kinds import IGNORED
 from lora_exp.engine import attention, forward
 from lora_exp.engine.forward import PackedForward
-from lora_exp.engine.packing import Family, Row, pack
+from lora_exp.engine.packing import Family, PackedRow, Row, pack
 from lora_exp.machine import is_out_of_memory
 from lora_exp.models.bitsandbytes import computing_as_in_training, without_outliers
 
@@ -143,10 +143,11 @@ def _of_probe(base: Any, longest: int, no_dropout: bool) -> str | None:
     training = base.training
     base.eval()
     try:
-        members = _random_families(base, longest)
-        reason = _compare(base, members)
+        rows = _random_rows(base, longest)
+        flat = pack([Family((row,)) for row in rows])
+        reason = _compare(base, rows, flat)
         if reason is None:
-            _train_once(base, members, no_dropout)
+            _train_once(base, flat, no_dropout)
     except _RefusedError as error:
         reason = f"{base.config.model_type}: {error}"
     finally:
@@ -160,13 +161,12 @@ class _RefusedError(Exception):
     """A model takes no flat row."""
 
 
-def _packed(base: Any, members: list[Family]) -> torch.Tensor:
+def _packed(base: Any, row: PackedRow) -> torch.Tensor:
     """Return the last hidden states of one flat row.
 
     Raises:
         _RefusedError: If the model's own code or our attention cannot deal with it.
     """
-    row = pack(members)
     try:
         return PackedForward(base).hidden(row)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -192,38 +192,38 @@ def _is_a_refusal(error: Exception) -> bool:
     )
 
 
-def _random_families(base: Any, longest: int) -> list[Family]:
-    """Return two pairs and a row; where a window is shorter than the longest row, the row is longer than it."""
+def _random_rows(base: Any, longest: int) -> list[Row]:
+    """Return rows that share starts, and one of its own; where a window is shorter than the longest row, it is longer.
+
+    Four start alike, and two by two of them go on alike, as the rows of preference pairs with one system message do.
+    """
     config = base.config.get_text_config()
     random = np.random.default_rng(0)
     window = getattr(config, "sliding_window", None)
     long = window + 8 if window and window < longest else 24
 
-    def row(prefix: Any, length: int) -> Row:
-        own = random.integers(0, config.vocab_size, length)
-        ids = np.concatenate([prefix, own]).astype(np.int64)
-        return Row(0, ids, np.full(len(ids), IGNORED))
+    def drawn(length: int) -> Any:
+        return random.integers(0, config.vocab_size, length)
 
-    nothing = np.empty(0, dtype=np.int64)
-    prompts = [random.integers(0, config.vocab_size, 9) for _ in range(2)]
-    pairs = [Family((row(prompt, 5), row(prompt, 7))) for prompt in prompts]
-    return [*pairs, Family((row(nothing, long),))]
+    system, prompts = drawn(4), [drawn(5) for _ in range(2)]
+    starts = [np.concatenate([system, prompt]) for prompt in prompts]
+    texts = [np.concatenate([start, drawn(length)]) for start in starts for length in (5, 7)]
+    return [
+        Row(number, ids.astype(np.int64), np.full(len(ids), IGNORED))
+        for number, ids in enumerate([*texts, drawn(long)])
+    ]
 
 
-def _compare(base: Any, members: list[Family]) -> str | None:
+def _compare(base: Any, rows: list[Row], flat: PackedRow) -> str | None:
     with torch.no_grad(), computing_as_in_training(base), without_outliers(base):
-        packed = _packed(base, members)
-        start, worst = 0, 0.0
-        for family in members:
-            branch = start + family.prefix
-            for row, own in zip(family.rows, family.branches, strict=True):
-                alone = base.base_model(
-                    input_ids=torch.from_numpy(row.ids)[None].to(base.device), use_cache=False
-                ).last_hidden_state[0]
-                together = torch.cat([packed[start : start + family.prefix], packed[branch : branch + own]])
-                worst = max(worst, float((together - alone).norm() / alone.norm()))
-                branch += own
-            start += len(family)
+        packed = _packed(base, flat)
+        worst = 0.0
+        for row in rows:
+            alone = base.base_model(
+                input_ids=torch.from_numpy(row.ids)[None].to(base.device), use_cache=False
+            ).last_hidden_state[0]
+            together = packed[torch.from_numpy(flat.places[row.index]).to(packed.device)]
+            worst = max(worst, float((together - alone).norm() / alone.norm()))
     allowed = TOLERANCE.get(packed.dtype, HALF_TOLERANCE)
     if _quantised(base):
         allowed = max(allowed, HALF_TOLERANCE)
@@ -232,7 +232,7 @@ def _compare(base: Any, members: list[Family]) -> str | None:
     return None
 
 
-def _train_once(base: Any, members: list[Family], no_dropout: bool) -> None:
+def _train_once(base: Any, flat: PackedRow, no_dropout: bool) -> None:
     """Compute as in training, where an attention may drop weights that no field of the config names.
 
     TRL's disable_dropout reaches layers alone; a share that is a number in the attention stays.
@@ -243,7 +243,7 @@ def _train_once(base: Any, members: list[Family], no_dropout: bool) -> None:
         for layer, _ in layers:
             layer.p = 0.0 if no_dropout else layer.p
         with torch.no_grad(), torch.random.fork_rng():
-            _packed(base, members)
+            _packed(base, flat)
     finally:
         for layer, share in layers:
             layer.p = share

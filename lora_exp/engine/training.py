@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
+from lora_exp.engine.dropout import drops
 from lora_exp.engine.forward import PackedForward, PerToken, places, unpad
 from lora_exp.engine.packing import Family, PackedRow, families, fill, pack
 
@@ -118,10 +119,12 @@ class Plan:
     Iterating gives each flat row with the numbers of the batches that have examples in it.
     """
 
-    def __init__(self, batches: list[list[Family]], labels: list[torch.Tensor], budget: int, whole: bool) -> None:
+    def __init__(
+        self, batches: list[list[Family]], labels: list[torch.Tensor], budget: int, whole: bool, across: bool
+    ) -> None:
         units = batches if whole else [[family] for batch in batches for family in batch]
         bins = fill([sum(map(len, unit)) for unit in units], budget)
-        self.flat = [pack([family for index in members for family in units[index]]) for members in bins]
+        self.flat = [pack([family for index in members for family in units[index]], across) for members in bins]
         self.fields = [PerToken(each) for each in labels]
         self.rows_of, first = [], 0
         for each in labels:
@@ -142,7 +145,8 @@ class Plan:
             cut.append(families(rows, trainer.rows_per_example))
             labels.append(marks)
             first += len(rows)
-        return cls(cut, labels, trainer.tokens_per_microbatch, trainer.whole_batches)
+        across = not drops(trainer.model)
+        return cls(cut, labels, trainer.tokens_per_microbatch, trainer.whole_batches, across)
 
     def __iter__(self) -> Iterator[tuple[PackedRow, list[int]]]:
         return ((row, self._touched(row)) for row in self.flat)
@@ -152,8 +156,7 @@ class Plan:
         return self._last[number] is row
 
     def _touched(self, row: PackedRow) -> list[int]:
-        members = {index for family in row.families for index in (each.index for each in family.rows)}
-        return [number for number, rows in enumerate(self.rows_of) if not members.isdisjoint(rows)]
+        return [number for number, rows in enumerate(self.rows_of) if not row.places.keys().isdisjoint(rows)]
 
 
 def packed_trainer(trainer: type[Any]) -> type[Any]:

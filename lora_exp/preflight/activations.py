@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_exp.engine.dropout import drops
 from lora_exp.engine.forward import PackedForward
 from lora_exp.engine.packing import pack
 from lora_exp.models.precision import Precision
@@ -38,7 +39,9 @@ class Passes:
     doubt: str = ""
 
 
-def packed_passes(twin: Twin, precision: Precision, examples: Examples, train: bool, checkpointing: bool) -> Passes:
+def packed_passes(
+    twin: Twin, precision: Precision, examples: Examples, train: bool, checkpointing: bool, common: int = 0
+) -> Passes:
     """Return what the packed engine holds for a micro-batch of these lengths.
 
     Args:
@@ -47,11 +50,16 @@ def packed_passes(twin: Twin, precision: Precision, examples: Examples, train: b
         examples: Lengths of the micro-batch's examples.
         train: Whether a backward pass follows.
         checkpointing: Whether layers are computed again in it.
+        common: Tokens from the start on that the examples' prompts share.
     """
-    row = pack(flat_row(examples))
     with twin.mode, LiveBytes([]):  # it compares what some modules compute
         forward = PackedForward(twin.base)
-    return _count(twin, precision, lambda: forward.scores(row).log_probs, train, checkpointing)
+
+    def compute() -> torch.Tensor:
+        row = pack(flat_row(examples, common), across=not drops(twin.model))
+        return forward.scores(row).log_probs
+
+    return _count(twin, precision, compute, train, checkpointing)
 
 
 def padded_passes(twin: Twin, precision: Precision, shape: tuple[int, int], train: bool, checkpointing: bool) -> Passes:

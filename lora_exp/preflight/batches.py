@@ -76,31 +76,45 @@ def _drawn(number: int, order: Order, size: int) -> list[npt.NDArray[Any]]:
     return groups
 
 
-def flat_row(examples: Examples) -> list[Family]:
-    """Return families of these lengths, with token ids that stand for any."""
-    members = []
+def flat_row(examples: Examples, common: int) -> list[Family]:
+    """Return families of these lengths, with token ids that stand for any.
+
+    Args:
+        examples: Their lengths.
+        common: Tokens from the start on that their prompts share.
+    """
+    members: list[Family] = []
     for number, (prompt, *answers) in enumerate(examples.tolist()):
-        rows = []
-        for index, answer in enumerate(answers):
-            # Answers part at their first token.
-            ids = np.concatenate([np.zeros(prompt, dtype=np.int64), np.full(answer, index + 1)])
+        start = np.where(np.arange(prompt) < common, 0, number)
+        rows: list[Row] = []
+        for answer in answers:
+            # Nothing but `common` is shared across families: they part at their first token.
+            index = len(members) * len(answers) + len(rows)
+            ids = np.concatenate([start, np.full(answer, len(examples) + index)])
             labels = np.where(np.arange(prompt + answer) < prompt, -100, ids)
-            rows.append(Row(len(answers) * number + index, ids, labels))
+            rows.append(Row(index, ids, labels))
         members.append(Family(tuple(rows)))
     return members
 
 
 @dataclass(frozen=True)
 class Largest:
-    """A batch: of the packed engine the lengths of its examples, of the padded one its rows and columns."""
+    """A batch: of the packed engine the lengths of its examples, of the padded one its rows and columns.
+
+    Args:
+        flat: Lengths of the examples.
+        padded: Rows and columns.
+        common: Tokens from the start on that the prompts share.
+    """
 
     flat: Examples | None = None
     padded: tuple[int, int] = (0, 0)
+    common: int = 0
 
     @property
     def key(self) -> Any:
         """What two batches have in common that are computed alike."""
-        return self.padded if self.flat is None else (self.flat.shape, self.flat.tobytes())
+        return self.padded if self.flat is None else (self.flat.shape, self.flat.tobytes(), self.common)
 
     @property
     def tokens(self) -> int:

@@ -204,15 +204,16 @@ class Memory:
     def _largest(self, stage: str, way: Way) -> Largest:
         """Return the largest batch that a stage computes at once."""
         trainer = self.config.trainer
-        rows, order = self.rows.train, Order(REFERENCE_ROWS, 1, shuffled=True)
+        split, rows, order = "train", self.rows.train, Order(REFERENCE_ROWS, 1, shuffled=True)
         if stage == "training":
             batches, whole = trainer.gradient_accumulation_steps, self.config.recipe.compares_examples
             order = Order(trainer.per_device_train_batch_size, batches, True, whole)
         elif stage == "evaluation":
             assert self.rows.val is not None
-            rows, order = self.rows.val, Order(trainer.per_device_eval_batch_size, 1, shuffled=False)
+            split, rows = "val", self.rows.val
+            order = Order(trainer.per_device_eval_batch_size, 1, shuffled=False)
         if way.tokens is not None:
-            return Largest(flat=largest_flat(rows, order, way.tokens))
+            return Largest(flat=largest_flat(rows, order, way.tokens), common=self.lengths[split].common)
         return Largest(padded=largest_padded(rows, order))
 
     def _forward_stages(self, trained: Largest, way: Way) -> dict[str, int]:

@@ -76,7 +76,7 @@ class ModelPasses:
 
         def count(twin: Twin) -> Passes:
             if batch.flat is not None:
-                return packed_passes(twin, self.precision, batch.flat, train, checkpointing)
+                return packed_passes(twin, self.precision, batch.flat, train, checkpointing, batch.common)
             return padded_passes(twin, self.precision, batch.padded, train, checkpointing)
 
         saved = batch.tokens if train and not checkpointing else 0

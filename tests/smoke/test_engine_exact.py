@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lora_exp.config import CONF_DIR
-from lora_exp.engine import attention
+from lora_exp.engine import layout
 from lora_exp.engine.identity import Identity
 from lora_exp.engine.reference import add_reference
 from lora_exp.engine.store import ReferenceStore
-from lora_exp.engine.training import PackedTraining
+from lora_exp.engine.training import PackedTraining, Plan
 from lora_exp.recipes.dpo import F_DIVERGENCES, LOSS_TYPES
 from tests.engines import (
     ALL_AT_ONCE,
@@ -33,6 +33,7 @@ from tests.engines import (
     REFERENCE,
     SMALL,
     SOME_AT_A_TIME,
+    SYSTEM,
     Engines,
     Row,
     Step,
@@ -176,7 +177,7 @@ def test_the_reference_is_not_what_the_adapter_has_learned(build: Callable[..., 
 VOCABULARY = 250
 """Token ids below it are ordinary ones."""
 
-LONG = attention.DENSE + 60
+LONG = layout.DENSE + 60
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,13 @@ def ids(length: int, seed: int) -> list[int]:
 
 @st.composite
 def preferences(draw: st.DrawFn) -> tuple[list[int], list[int], list[int]]:
-    """Draw a pair: unlike answers, or ones that share a start of any length; the prompt may be empty."""
+    """Draw a pair: unlike answers, or ones that share a start of any length; the prompt may be empty.
+
+    Prompts begin with more or less of one of two texts, so that pairs share it.
+    """
     seeds = st.integers(0, 9)
-    prompt = ids(draw(st.integers(0, 20)), draw(seeds))
+    system = ids(draw(st.integers(0, 20)), draw(st.integers(10, 11)))
+    prompt = system + ids(draw(st.integers(0, 20)), draw(seeds))
     shared = ids(draw(st.integers(0, 8)), draw(seeds))
     chosen, rejected = (shared + ids(draw(st.integers(0 if shared else 1, 8)), draw(seeds)) for _ in range(2))
     return prompt, chosen, rejected
@@ -210,6 +215,9 @@ LONG_PROMPT = (ids(LONG, 3), ids(2, 4), ids(140, 5))
 SHORTEST = ([], [7], [8])
 LAST_TOKEN = (ids(5, 6), [*ids(9, 7), 1], [*ids(9, 7), 2])
 ONE_STARTS_THE_OTHER = (ids(5, 8), ids(9, 9), ids(9, 9)[:4])
+TEXT = ids(30, 12)
+GOES_ON = [(TEXT + ids(length, 13), ids(6, 14), ids(9, 15)) for length in (0, 5, 40, LONG)]
+"""Prompts of which each starts the next."""
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +246,7 @@ def log_probs(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 )
 @example(Drawn([[LONG_ROW, LAST_TOKEN, SHORTEST], [LAST_TOKEN, LONG_PROMPT, ONE_STARTS_THE_OTHER]], 200))
 @example(Drawn([[SHORTEST, LONG_ROW], [SHORTEST]], ALL_AT_ONCE))
+@example(Drawn([GOES_ON, [GOES_ON[2], SHORTEST], [GOES_ON[2]]], ALL_AT_ONCE))
 def test_any_batch_is_computed_as_trl_does(shallow: Engines, drawn: Drawn) -> None:
     """Log-probabilities, loss and gradients; several batches are one optimiser step.
 
@@ -250,6 +259,20 @@ def test_any_batch_is_computed_as_trl_does(shallow: Engines, drawn: Drawn) -> No
             packed = shallow.packed._evaluated(batch).log_probs.double()
             torch.testing.assert_close(packed, log_probs(shallow.padded, batch), rtol=1e-6, atol=1e-6)
     assert_same(step(shallow.packed, given), step(shallow.padded, given), 1e-5, 1e-4)
+
+
+def test_examples_share_a_start_where_nothing_is_dropped(build: Callable[..., Engines]) -> None:
+    """A token has one hidden state; dropped at random, rows of one batch would lose the same of it."""
+    trainer = build("recipe=sft", "lora.lora_dropout=0.1").packed
+    given = tuple(batches(trainer, number=1, size=4))
+    alone = int(given[0]["attention_mask"].sum())
+
+    def computed(training: bool) -> int:
+        trainer.model.train(training)
+        return sum(len(row.ids) for row, _ in Plan.of(trainer, given))
+
+    assert computed(training=True) == alone
+    assert computed(training=False) <= alone - len(SYSTEM)
 
 
 # Other architectures.

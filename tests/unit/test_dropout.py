@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_exp.engine.dropout import dropped_places, zeroed
+from lora_exp.engine.dropout import dropped_places, drops, zeroed
 from lora_exp.engine.peft import _AddLora
 
 
@@ -32,6 +32,12 @@ def test_each_value_is_dropped_with_the_share_whatever_its_neighbours(share: flo
         deviation = (expected * (1 - expected) / len(hits)) ** 0.5
         # A pair shares a value with the next, which makes the variance at most three times as large.
         assert abs(hits.double().mean() - expected) < 5 * 3**0.5 * deviation
+
+
+@pytest.mark.parametrize(("share", "training", "expected"), [(0.1, True, True), (0.1, False, False), (0, True, False)])
+def test_a_model_drops_something_in_training_alone(share: float, training: bool, expected: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Sequential(torch.nn.Dropout(share)))
+    assert drops(model.train(training)) == expected
 
 
 def test_no_share_drops_nothing() -> None:

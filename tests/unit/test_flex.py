@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_exp.engine import flex
-from lora_exp.engine.attention import Layout, packed_attention
-from lora_exp.engine.packing import Family
-from tests.unit.test_attention import HEADS, KEY_HEADS, WIDTH, groups
+from lora_exp.engine.attention import packed_attention
+from lora_exp.engine.layout import Layout, Sight
+from lora_exp.engine.packing import Family, PackedRow, Row, pack
+from tests.unit.test_attention import HEADS, KEY_HEADS, WIDTH, flat_rows
 
 
 @settings(deadline=None, max_examples=60)
-@given(members=groups(), window=st.none() | st.integers(1, 12))
-def test_the_mask_lets_through_what_the_blocks_compute(members: list[Family], window: int | None) -> None:
-    total = sum(map(len, members))
+@given(row=flat_rows(), window=st.none() | st.integers(1, 12))
+def test_the_mask_lets_through_what_the_blocks_compute(row: PackedRow, window: int | None) -> None:
+    total = len(row.ids)
     device = torch.device("cpu")
     place = torch.arange(total)
-    sees = flex.Places.of(members, device).mask(window)(None, None, place[:, None], place[None])
+    sees = flex.block_mask(Sight.of(row.segments), window).mask_mod(None, None, place[:, None], place[None])
     computed = torch.zeros(total, total, dtype=torch.bool)
-    for block in Layout(members, device).blocks(window):
+    for block in Layout(row.segments, device).blocks(window):
         shape = (*block.queries.shape, block.keys.shape[1])
         seen = (block.mask[:, 0] == 0) & torch.isin(torch.arange(shape[0] * shape[1]), block.real).view(*shape[:2], 1)
         queries, keys = block.queries[:, :, None].expand(shape), block.keys[:, None].expand(shape)
@@ -31,14 +33,14 @@ def test_the_mask_lets_through_what_the_blocks_compute(members: list[Family], wi
 
 @pytest.mark.parametrize("window", [None, 7])
 @settings(deadline=None, max_examples=10)
-@given(members=groups())
-def test_both_ways_agree(window: int | None, members: list[Family]) -> None:
-    total = sum(map(len, members))
+@given(row=flat_rows())
+def test_both_ways_agree(window: int | None, row: PackedRow) -> None:
+    total = len(row.ids)
     torch.manual_seed(total)
     q, k, v = (torch.randn(1, heads, total, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
 
     def attend() -> torch.Tensor:
-        layout = Layout(members, torch.device("cpu"))
+        layout = Layout(row.segments, torch.device("cpu"))
         return packed_attention(torch.nn.Module(), q, k, v, None, layout=layout, sliding_window=window)[0]
 
     blocks = attend()
@@ -51,23 +53,14 @@ def test_both_ways_agree(window: int | None, members: list[Family]) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the compiled kernel needs CUDA")
 def test_the_compiled_kernel_agrees_on_cuda() -> None:
-    import numpy as np
-
-    from lora_exp.engine.packing import Row
-
     random = np.random.default_rng(0)
-    members = [
-        Family(
-            tuple(
-                Row(n, ids, ids) for n in range(2) for ids in [np.r_[np.zeros(shared, int), random.integers(1, 9, own)]]
-            )
-        )
-        for shared, own in ((40, 30), (200, 150), (0, 90))
-    ]
-    total = sum(map(len, members))
+    starts = ((40, 30), (200, 150), (0, 90))
+    texts = [np.r_[np.zeros(shared, int), random.integers(1, 9, own)] for shared, own in starts for _ in range(2)]
+    row = pack([Family((Row(number, ids, ids),)) for number, ids in enumerate(texts)])
+    total = len(row.ids)
     shapes = [(1, heads, total, 64) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
     wide = [torch.randn(shape, device="cuda", dtype=torch.float64, requires_grad=True) for shape in shapes]
-    layout = Layout(members, torch.device("cuda"))
+    layout = Layout(row.segments, torch.device("cuda"))
 
     def attend(dtype: torch.dtype) -> list[torch.Tensor]:
         out = packed_attention(torch.nn.Module(), *(each.to(dtype) for each in wide), None, layout=layout)[0].double()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_exp.data.kinds import IGNORED
-from lora_exp.engine.packing import Family, Row, families, fill, pack
+from lora_exp.engine.layout import Sight
+from lora_exp.engine.packing import Row, families, fill, pack
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 """Few different ones, so that rows often start alike."""
@@ -27,43 +32,60 @@ def batches(draw: st.DrawFn) -> tuple[list[Row], int]:
     return rows, per_example
 
 
-def read_back(members: list[Family]) -> dict[int, list[tuple[int, int]]]:
-    """Return each row's (token, position) pairs from the flat row, by the layout that `Family` documents."""
-    packed, start = pack(members), 0
-    flat = list(zip(packed.ids.tolist(), packed.positions.tolist(), strict=True))
-    rows = {}
-    for family in members:
-        prefix, branch = flat[start : start + family.prefix], start + family.prefix
-        for row, size in zip(family.rows, family.branches, strict=True):
-            rows[row.index] = prefix + flat[branch : branch + size]
-            branch += size
-        start = branch
-    assert start == len(flat)
-    return rows
+ACROSS = pytest.mark.parametrize("across", [True, False])
 
 
+@ACROSS
 @given(batches())
-def test_every_row_is_there_with_its_positions(batch: tuple[list[Row], int]) -> None:
+def test_every_row_is_there_with_its_positions(across: bool, batch: tuple[list[Row], int]) -> None:
     rows, per_example = batch
-    found = read_back(families(rows, per_example))
-    assert found == {row.index: [(token, place) for place, token in enumerate(row.ids.tolist())] for row in rows}
+    packed = pack(families(rows, per_example), across)
+    assert packed.places.keys() == {row.index for row in rows}
+    for row in rows:
+        places = packed.places[row.index]
+        assert packed.ids[places].tolist() == row.ids.tolist()
+        assert packed.positions[places].tolist() == list(range(len(row)))
+
+
+def starts(rows: Sequence[Row]) -> set[tuple[int, ...]]:
+    """Return every start that some row has, of one token and more."""
+    return {tuple(row.ids[: place + 1].tolist()) for row in rows for place in range(len(row))}
 
 
 @given(batches())
-def test_the_prefix_is_all_that_an_examples_rows_share(batch: tuple[list[Row], int]) -> None:
-    rows, per_example = batch
-    for family in families(rows, per_example):
-        ids = [row.ids.tolist() for row in family.rows]
-        assert all(row[: family.prefix] == ids[0][: family.prefix] for row in ids)
-        following = {tuple(row[family.prefix : family.prefix + 1]) for row in ids}
-        assert len(ids) == 1 or len(following) > 1 or () in following
-
-
-@given(batches())
-def test_each_scored_token_has_its_place_and_the_position_before_it(batch: tuple[list[Row], int]) -> None:
+def test_every_start_is_computed_once(batch: tuple[list[Row], int]) -> None:
     rows, per_example = batch
     members = families(rows, per_example)
-    packed = pack(members)
+    assert len(pack(members).ids) == len(starts(rows))
+    assert len(pack(members, across=False).ids) == sum(len(starts(family.rows)) for family in members)
+
+
+@given(batches())
+def test_a_family_by_itself_takes_what_is_said_of_it(batch: tuple[list[Row], int]) -> None:
+    rows, per_example = batch
+    for family in families(rows, per_example):
+        assert len(family) == len(pack([family]).ids)
+
+
+@ACROSS
+@given(batches())
+def test_a_token_is_seen_by_what_goes_on_from_it(across: bool, batch: tuple[list[Row], int]) -> None:
+    """By two numbers a token: that is all that attention knows of the rows."""
+    rows, per_example = batch
+    packed = pack(families(rows, per_example), across)
+    place = torch.arange(len(packed.ids))
+    seen = Sight.of(packed.segments).seen(place[:, None], place[None], None)
+    expected = torch.zeros_like(seen)
+    for places in packed.places.values():
+        expected[np.ix_(places, places)] |= torch.ones(len(places), len(places), dtype=torch.bool).tril()
+    assert torch.equal(seen, expected)
+
+
+@ACROSS
+@given(batches())
+def test_each_scored_token_has_its_place_and_the_position_before_it(across: bool, batch: tuple[list[Row], int]) -> None:
+    rows, per_example = batch
+    packed = pack(families(rows, per_example), across)
     expected = {
         (row.index, column): token
         for row in rows

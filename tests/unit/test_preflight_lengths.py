@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,17 @@ def many(prompt: int, answer: int, number: int = 10) -> RowLengths:
     for _ in range(number):
         lengths.add([0] * prompt, [[1] * answer])
     return lengths
+
+
+@given(st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=5), st.integers(0, 3))
+def test_what_all_prompts_share_is_counted_and_kept(prompts: list[list[int]], shared: int) -> None:
+    lengths = RowLengths()
+    prompts = [[7] * shared + prompt for prompt in prompts]
+    for prompt in prompts:
+        lengths.add(prompt, [[1]])
+    columns = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    assert lengths.common == len(list(columns))
+    assert RowLengths(**lengths.as_dict()) == lengths
 
 
 def test_other_limits_reach_the_longest_row_and_hold_the_present_one() -> None:

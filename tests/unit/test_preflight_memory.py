@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from lora_exp.config import Config
 from lora_exp.data.lengths import RowLengths
 from lora_exp.engine import forward
+from lora_exp.engine.packing import pack
 from lora_exp.engine.settings import LEAST_TOKENS
 from lora_exp.errors import UserError
 from lora_exp.models.precision import choose_precision
@@ -34,6 +35,8 @@ from tests.runs import composed, run_in
 
 CPU = torch.device("cpu")
 EXAMPLES = np.array([[40, 30], [25, 60], [300, 12]])
+COMMON = 20
+"""Tokens that their prompts share."""
 BF16, FP32 = "trainer.bf16=true", "trainer.bf16=false"
 
 
@@ -96,15 +99,15 @@ def test_a_model_without_weights_holds_what_one_with_weights_holds(
         def trainable() -> list[Any]:
             return [each for each in policy.model.parameters() if each.requires_grad]
 
-    found = packed_passes(twin, chosen, EXAMPLES, True, checkpointing)
+    found = packed_passes(twin, chosen, EXAMPLES, True, checkpointing, COMMON)
     expected = _on_real_tensors(Real, chosen, checkpointing)
     assert found.kept == pytest.approx(expected.kept, rel=0.02)
     assert found.peak == pytest.approx(expected.peak, rel=0.05)
 
 
 def _on_real_tensors(real: Any, precision: Any, checkpointing: bool) -> Passes:
+    from lora_exp.engine.dropout import drops
     from lora_exp.engine.forward import PackedForward
-    from lora_exp.engine.packing import pack
 
     model = real.model
     if checkpointing:
@@ -113,7 +116,7 @@ def _on_real_tensors(real: Any, precision: Any, checkpointing: bool) -> Passes:
     model.train()
     for parameter in real.trainable():
         parameter.grad = torch.zeros_like(parameter)
-    row, forward = pack(flat_row(EXAMPLES)), PackedForward(real.base)
+    row, forward = pack(flat_row(EXAMPLES, COMMON), across=not drops(model)), PackedForward(real.base)
     before = [*model.parameters(), *model.buffers(), *(each.grad for each in real.trainable())]
     kept = []
     real.base.base_model.register_forward_hook(lambda *_: kept.append(live.now))
@@ -122,6 +125,14 @@ def _on_real_tensors(real: Any, precision: Any, checkpointing: bool) -> Passes:
         total = forward.scores(row).log_probs.sum()
         total.backward()
     return Passes(kept[0], live.peak, len(live.products))
+
+
+@pytest.mark.parametrize("common", [0, COMMON, 1000])
+def test_rows_that_stand_for_others_share_as_much(common: int) -> None:
+    families = flat_row(EXAMPLES, common)
+    assert len(pack(families, across=False).ids) == EXAMPLES.sum()
+    shared = np.minimum(EXAMPLES[:, 0], common)
+    assert len(pack(families).ids) == EXAMPLES.sum() - shared.sum() + shared.max()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -147,8 +158,8 @@ def test_a_quantised_base_takes_what_is_estimated(
 
 def lengths_of(examples: Any) -> RowLengths:
     lengths = RowLengths()
-    for prompt, *answers in np.asarray(examples).tolist():
-        lengths.add([0] * prompt, [[n + 1] * answer for n, answer in enumerate(answers)])
+    for number, (prompt, *answers) in enumerate(np.asarray(examples).tolist()):
+        lengths.add([number] * prompt, [[n + 1] * answer for n, answer in enumerate(answers)])
     return lengths
 
 
