@@ -83,25 +83,31 @@ class _GatedActivation(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Any) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.act = act
+        ctx.act, ctx.again = act, None
         return _gated(gate, up, act)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.act(leaf)
-        (slope,) = torch.autograd.grad(activated, leaf, grad * up)
+        _, up = ctx.saved_tensors
+        gate, activated = ctx.again or _activated_again(ctx)
+        ctx.again = None
+        (slope,) = torch.autograd.grad(activated, gate, grad * up)
         return slope, grad * activated.detach(), None
+
+
+def _activated_again(node: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gate as a leaf of a graph of its own, and its activation."""
+    with torch.enable_grad():
+        gate = node.saved_tensors[0].detach().requires_grad_()
+        return gate, node.act(gate)
 
 
 @contextmanager
 def _computed_again(product: torch.Tensor) -> Iterator[None]:
     """Have whoever saves `product` for a backward pass within the block compute it again instead.
 
-    What it is computed from is asked of its own node in the graph, whose backward pass comes later. bitsandbytes'
-    8-bit layers hold on to their input in another way; then it is still there.
+    What it is computed from is asked of its own node in the graph. bitsandbytes' 8-bit layers hold on to their input
+    in another way; then it is still there.
     """
     node: Any = product.grad_fn
     if node is None:
@@ -119,8 +125,8 @@ def _computed_again(product: torch.Tensor) -> Iterator[None]:
         there: torch.Tensor | None = still_there()
         if there is not None:
             return there.detach().view(kept)
-        gate, up = node.saved_tensors
-        return _gated(gate, up, node.act).view(kept)
+        node.again = _activated_again(node)  # its own backward pass comes next
+        return (node.again[1].detach() * node.saved_tensors[1]).view(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
