@@ -117,6 +117,21 @@ def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
         number += 1
 
 
+def microbatches(units: Sequence[Sequence[Family]], budget: int, across: bool = True) -> list[list[int]]:
+    """Share units of families out over as few micro-batches as will do, and evenly.
+
+    Args:
+        units: Families that stay together.
+        budget: Tokens of a micro-batch, in which what all rows have in common from their start counts once.
+        across: Whether rows of different families share it.
+
+    Returns:
+        Indices into `units`, a list a micro-batch. A unit over the budget has one to itself.
+    """
+    shared = _alike([row for unit in units for family in unit for row in family.rows], 0) if across else 0
+    return fill([sum(len(family) - shared for family in unit) for unit in units], max(1, budget - shared))
+
+
 @dataclass(frozen=True)
 class PackedRow:
     """Rows in one flat row of T tokens, and which of its positions are scored.

@@ -15,7 +15,7 @@ import torch
 from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from lora_exp.data.kinds import IGNORED
-from lora_exp.engine.packing import Family, Row, fill, pack
+from lora_exp.engine.packing import Family, Row, microbatches, pack
 from lora_exp.engine.store import ReferenceStore, row_key
 from lora_exp.reports.console import Steps
 
@@ -77,7 +77,7 @@ def _compute(trainer: Any, missing: list[Family], keys: list[tuple[bytes, ...]])
         return
     budget = trainer.tokens_per_microbatch
     stretches = [
-        [[stretch[place] for place in members] for members in fill([len(missing[n]) for n in stretch], budget)]
+        [[stretch[place] for place in members] for members in microbatches([[missing[n]] for n in stretch], budget)]
         for stretch in _stretches([len(family) for family in missing], KEPT_AT_ONCE * budget)
     ]
     adapter = "ref" if "ref" in trainer.model.peft_config else None

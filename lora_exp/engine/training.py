@@ -17,7 +17,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from lora_exp.engine.dropout import drops
 from lora_exp.engine.forward import PackedForward, PerToken, places, unpad
-from lora_exp.engine.packing import Family, PackedRow, families, fill, pack
+from lora_exp.engine.packing import Family, PackedRow, families, microbatches, pack
 
 Batch = dict[str, Any]
 
@@ -123,8 +123,10 @@ class Plan:
         self, batches: list[list[Family]], labels: list[torch.Tensor], budget: int, whole: bool, across: bool
     ) -> None:
         units = batches if whole else [[family] for batch in batches for family in batch]
-        bins = fill([sum(map(len, unit)) for unit in units], budget)
-        self.flat = [pack([family for index in members for family in units[index]], across) for members in bins]
+        self.flat = [
+            pack([family for index in members for family in units[index]], across)
+            for members in microbatches(units, budget, across)
+        ]
         self.fields = [PerToken(each) for each in labels]
         self.rows_of, first = [], 0
         for each in labels:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lora_exp.engine.dropout import drops
 from lora_exp.engine.forward import PackedForward
 from lora_exp.engine.packing import pack
 from lora_exp.models.precision import Precision
@@ -50,16 +49,12 @@ def packed_passes(
         examples: Lengths of the micro-batch's examples.
         train: Whether a backward pass follows.
         checkpointing: Whether layers are computed again in it.
-        common: Tokens from the start on that the examples' prompts share.
+        common: Tokens from the start on that the examples' prompts share, and that are computed once.
     """
+    row = pack(flat_row(examples, common))
     with twin.mode, LiveBytes([]):  # it compares what some modules compute
         forward = PackedForward(twin.base)
-
-    def compute() -> torch.Tensor:
-        row = pack(flat_row(examples, common), across=not drops(twin.model))
-        return forward.scores(row).log_probs
-
-    return _count(twin, precision, compute, train, checkpointing)
+    return _count(twin, precision, lambda: forward.scores(row).log_probs, train, checkpointing)
 
 
 def padded_passes(twin: Twin, precision: Precision, shape: tuple[int, int], train: bool, checkpointing: bool) -> Passes:

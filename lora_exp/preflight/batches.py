@@ -34,15 +34,17 @@ class Order:
     whole: bool = False
 
 
-def largest_flat(examples: Examples, order: Order, budget: int) -> Examples:
+def largest_flat(examples: Examples, order: Order, budget: int, common: int = 0) -> Examples:
     """Return the examples of the largest micro-batch of the packed engine.
 
     Args:
         examples: All of the split.
         order: How they come together.
         budget: Tokens of a micro-batch.
+        common: Tokens from the start on that their prompts share, which a micro-batch holds once.
     """
-    sizes = examples.sum(axis=1)
+    sizes = examples.sum(axis=1) - np.minimum(common, examples[:, 0])
+    budget = max(1, budget - common)
     best = np.array([int(sizes.argmax())])
     for drawn in _drawn(len(examples), order, order.batch * order.batches):
         units = [drawn[first : first + order.batch] for first in range(0, len(drawn), order.batch)]

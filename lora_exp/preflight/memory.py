@@ -213,7 +213,8 @@ class Memory:
             split, rows = "val", self.rows.val
             order = Order(trainer.per_device_eval_batch_size, 1, shuffled=False)
         if way.tokens is not None:
-            return Largest(flat=largest_flat(rows, order, way.tokens), common=self.lengths[split].common)
+            common = 0 if stage == "training" and self._model.whole.drops else self.lengths[split].common
+            return Largest(flat=largest_flat(rows, order, way.tokens, common), common=common)
         return Largest(padded=largest_padded(rows, order))
 
     def _forward_stages(self, trained: Largest, way: Way) -> dict[str, int]:

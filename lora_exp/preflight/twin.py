@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_exp.config import Config
+from lora_exp.engine.dropout import drops
 from lora_exp.models.policy import lora_config, refused_layers, told_if_it_needs_code
 from lora_exp.models.precision import Precision
 from lora_exp.models.targets import linear_layers
@@ -44,6 +45,11 @@ class Twin:
     def trainable(self) -> list[torch.nn.Parameter]:
         """Return what training moves."""
         return [each for each in self.model.parameters() if each.requires_grad]
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops values."""
+        return drops(self.model.train())
 
     def disable_dropout(self) -> None:
         """Drop nothing, as TRL has it where it is asked for."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lora_exp.data.kinds import IGNORED
 from lora_exp.engine.layout import Sight
-from lora_exp.engine.packing import Row, families, fill, pack
+from lora_exp.engine.packing import Family, Row, families, fill, microbatches, pack
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 """Few different ones, so that rows often start alike."""
@@ -118,6 +118,26 @@ def test_bins_are_even(sizes: list[int], budget: int) -> None:
     """No two bins differ by more than the largest thing: the largest go first, each to the emptiest."""
     loads = [sum(sizes[index] for index in members) for members in fill(sizes, budget)]
     assert max(loads) - min(loads) <= max(sizes)
+
+
+@ACROSS
+@given(batches(), st.integers(1, 40))
+def test_micro_batches_hold_everything_once_and_keep_to_the_budget(
+    across: bool, batch: tuple[list[Row], int], budget: int
+) -> None:
+    members = families(*batch)
+    found = microbatches([[family] for family in members], budget, across)
+    assert sorted(index for each in found for index in each) == list(range(len(members)))
+    for each in found:
+        tokens = len(pack([members[index] for index in each], across).ids)
+        assert tokens <= budget or len(each) == 1
+
+
+def test_what_rows_share_takes_its_room_once() -> None:
+    ids = [np.array([0] * 10 + [1 + row] * 5) for row in range(4)]
+    units = [[Family((Row(row, each, each),))] for row, each in enumerate(ids)]
+    assert len(microbatches(units, 30)) == 1
+    assert len(microbatches(units, 30, across=False)) == 2
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
