@@ -11,11 +11,13 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from lora_exp.engine.replaced import replaced
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
@@ -41,25 +43,20 @@ def _is_one(module: Any) -> bool:
     )
     generator = torch.Generator().manual_seed(0)  # the run's own random numbers stay as they are
     sizes = torch.tensor([[0.01], [1.0], [100.0]])  # a class may cut off large ones
-    x = torch.randn(3, 64, generator=generator) * sizes
+    x = torch.randn(1, 3, 64, generator=generator) * sizes
     try:
         found = type(module).forward(parts, x)
-    except (AttributeError, TypeError):  # it is made of other parts as well
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # it is made of other parts, or wants more of them
         return False
     gate, up = parts.gate_proj(x), parts.up_proj(x)
-    return bool(torch.allclose(found, parts.down_proj(_gated(gate, up, module.act_fn)), rtol=0, atol=0))
+    expected = parts.down_proj(_gated(gate, up, module.act_fn))
+    alike = isinstance(found, torch.Tensor) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    return alike and bool(torch.allclose(found, expected, rtol=0, atol=0))
 
 
-@contextmanager
-def fused_mlps(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+def fused_mlps(modules: Sequence[torch.nn.Module]) -> AbstractContextManager[None]:
     """Have these modules keep less within the block; backward passes may follow after it."""
-    for module in modules:
-        module.forward = _forward_of(module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+    return replaced(modules, _forward_of)
 
 
 def _forward_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -7,11 +7,13 @@ a step where products are fast. Here autograd sees one operation that keeps its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+from lora_exp.engine.replaced import replaced
 
 NARROW = (torch.bfloat16, torch.float16, torch.float32)
 """Number formats for which the classes compute in float32; float64 they round to it, and are left as they are."""
@@ -45,16 +47,9 @@ def _is_one(module: Any) -> bool:
     return expected.dtype == found.dtype and bool(torch.allclose(expected, found, rtol=tolerance, atol=0))
 
 
-@contextmanager
-def fused_norms(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+def fused_norms(modules: Sequence[torch.nn.Module]) -> AbstractContextManager[None]:
     """Compute these modules by `rms_norm` within the block; backward passes may follow after it."""
-    for module in modules:
-        module.forward = _forward_of(module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+    return replaced(modules, _forward_of)
 
 
 def _forward_of(module: Any) -> Any:

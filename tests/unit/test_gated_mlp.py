@@ -132,6 +132,17 @@ class Scaled(LlamaMLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * self.factor
 
 
+class Pair(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return super().forward(x), None
+
+
+class Flat(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _tokens, _width = x.shape
+        return super().forward(x)
+
+
 class Weighed(LlamaMLP):
     def forward(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         return super().forward(x if weights is None else x * weights)
@@ -153,12 +164,24 @@ def hooked() -> LlamaMLP:
 @pytest.mark.parametrize(
     "module",
     [
-        *(each(LlamaConfig(hidden_size=HIDDEN, intermediate_size=WIDE)) for each in (CutOff, Scaled, Weighed)),
+        *(
+            each(LlamaConfig(hidden_size=HIDDEN, intermediate_size=WIDE))
+            for each in (CutOff, Scaled, Pair, Flat, Weighed)
+        ),
         GPTNeoXMLP(GPTNeoXConfig(hidden_size=HIDDEN, num_attention_heads=4, intermediate_size=WIDE)),
         trained(),
         hooked(),
     ],
-    ids=["cut off", "scaled", "another argument", "no gate", "trained activation", "forward replaced"],
+    ids=[
+        "cut off",
+        "scaled",
+        "a pair",
+        "other shapes",
+        "another argument",
+        "no gate",
+        "trained activation",
+        "forward replaced",
+    ],
 )
 def test_what_computes_something_else_is_left_alone(module: torch.nn.Module) -> None:
     assert fusable_mlps(module) == []
