@@ -16,7 +16,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
@@ -51,6 +51,7 @@ class Composer:
         self.extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
         self.config_name = config_name or "config"
         self.context = initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="lora_exp")
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def __enter__(self) -> Composer:
         self.context.__enter__()
@@ -98,7 +99,7 @@ class Composer:
             if each.key_or_group.split(".")[0].split("/")[0] in SWEEP_KEYS and not each.is_sweep_override()
         ]
         try:
-            composed = compose(self.config_name, [*self.extra, *own], return_hydra_config=True)
+            composed = self._with_hydra(own)
             sweeper, folder = composed.hydra.sweeper, composed.hydra.sweep.dir
         except COMPOSE_ERRORS:
             self.compose(own, check_values=False)
@@ -125,7 +126,7 @@ class Composer:
     def _require_drawing_sweeper(self, overrides: list[str], drawn: list[Override]) -> None:
         """Refuse `interval(...)` and the like where the sweeper only takes lists of values."""
         own = [each for each in overrides if each.startswith("hydra")]
-        hydra_config = compose(self.config_name, [*self.extra, *own], return_hydra_config=True).hydra
+        hydra_config = self._with_hydra(own).hydra
         if hydra_config.sweeper._target_.endswith("BasicSweeper"):
             what = "a grid takes values, not a range to draw from"
             mend = "add hydra/sweeper=optuna, or give values: {}=0.1,0.3,1.0"
@@ -151,11 +152,20 @@ class Composer:
 
     def choices(self, overrides: list[str]) -> dict[str, str]:
         """Return the option that is taken from each config group."""
-        composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=True)
+        composed = self._with_hydra(overrides)
         return {group: option for group, option in composed.hydra.runtime.choices.items() if "/" not in group}
 
+    def _with_hydra(self, overrides: list[str]) -> DictConfig:
+        """Return the config with Hydra's own settings; composing takes a tenth of a second, so none is repeated."""
+        key = tuple(overrides)
+        if key not in self._composed:
+            self._composed[key] = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=True)
+        return self._composed[key]
+
     def _compose(self, overrides: list[str]) -> DictConfig:
-        composed = compose(self.config_name, [*self.extra, *overrides], return_hydra_config=False)
+        composed = self._with_hydra(overrides).copy()
+        with open_dict(composed):
+            del composed["hydra"]
         OmegaConf.resolve(composed.copy())
         return composed
 
@@ -169,7 +179,7 @@ class Composer:
                 what = f"is no override: {_grammar(parse_error)}"
                 problems.append(Problem(override, what, "write key=value"))
         try:
-            self.defaults = compose(self.config_name, self.extra, return_hydra_config=True)
+            self.defaults = self._with_hydra([])
         except COMPOSE_ERRORS as config_error:
             return None, [_problem_of(config_error)]
         keys = flatten(_container(self.defaults))

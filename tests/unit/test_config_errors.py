@@ -430,8 +430,13 @@ CPU_LIMIT_S = 1.5
 """The promise is one second; the rest is for slow machines."""
 
 
-def show_cpu_time(done: Any) -> None:
-    sys.stdout.write(f"{done.cpu_seconds:.2f} s of CPU time\n")
+def require_fast(command: Callable[..., Any], arguments: list[str], seconds: float) -> None:
+    """Require the limit of the least of three runs: whatever else a machine does can only add to a run's CPU time."""
+    for _ in range(2):
+        if seconds >= CPU_LIMIT_S:
+            seconds = min(seconds, command(*arguments).cpu_seconds)
+    sys.stdout.write(f"{seconds:.2f} s of CPU time\n")
+    assert seconds < CPU_LIMIT_S
 
 
 @pytest.mark.parametrize(
@@ -441,13 +446,12 @@ def test_a_mistake_ends_with_status_2_and_no_traceback_before_torch_is_imported(
     command: Callable[..., Any], tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     done = command(*arguments)
-    show_cpu_time(done)
     assert done.status == 2
     assert done.stderr.startswith("error: ")
     assert said in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not done.heavy_imports
-    assert done.cpu_seconds < CPU_LIMIT_S
+    require_fast(command, arguments, done.cpu_seconds)
     assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
 
 
@@ -460,11 +464,10 @@ def test_help_and_the_composed_config_are_printed_without_torch(
     command: Callable[..., Any], tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     done = command(*arguments)
-    show_cpu_time(done)
     assert done.status == 0, done.stderr
     assert said in done.stdout
     assert not done.heavy_imports
-    assert done.cpu_seconds < CPU_LIMIT_S
+    require_fast(command, arguments, done.cpu_seconds)
     assert not list(tmp_path.iterdir())
 
 
