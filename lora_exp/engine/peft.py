@@ -2,8 +2,8 @@
 
 PEFT adds an adapter as `result + lora_B(lora_A(x)) * scaling`: under autocast the input is widened to float32 and
 narrowed again, and scaling and sum are each a pass over the output, forward and backward. Here the second product
-adds onto the result, and the scaling rides along; where the frozen weight is a plain one, the adapter's part of the
-input's gradient adds onto the base's. Dropout keeps no copy of its input (`engine/dropout.py`).
+adds onto the result, and the scaling rides along; the adapter's part of the input's gradient adds onto the frozen
+layer's (`engine/frozen.py`). Dropout keeps no copy of its input (`engine/dropout.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 
+from lora_exp.engine import frozen
 from lora_exp.engine.dropout import dropped_places, zeroed
 
 
@@ -47,9 +48,8 @@ def fused_lora(model: torch.nn.Module) -> Iterator[None]:
 def _is_one_operation(layer: Any) -> bool:
     """Whether a layer is a frozen linear one with just one plain adapter at work, which can share its backward pass."""
     return (
-        type(layer) is Linear
-        and type(layer.base_layer) is torch.nn.Linear
-        and not layer.base_layer.weight.requires_grad
+        type(layer.base_layer) is frozen.adapted_types().get(type(layer))
+        and frozen.is_frozen(layer.base_layer)
         and not layer.disable_adapters
         and not layer.merged
         and len(layer.active_adapters) == 1
@@ -78,8 +78,8 @@ def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Compute base and adapter of a layer."""
     (name,) = layer.active_adapters
     dtype = _number_format(layer, name, x)
-    if not torch.is_autocast_enabled(x.device.type) and layer.base_layer.weight.dtype != dtype:
-        mixed: torch.Tensor = Linear.forward(layer, x)
+    if not torch.is_autocast_enabled(x.device.type) and not frozen.computes_in(layer.base_layer, dtype):
+        mixed: torch.Tensor = type(layer).forward(layer, x)
         return mixed
     x = x.to(dtype)
     seen, dropped, kept = _drop(layer.lora_dropout[name], x)
@@ -105,9 +105,9 @@ def _with_adapter(
     kept: float,
 ) -> torch.Tensor:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    base = (layer.base_layer.weight, layer.base_layer.bias) if result is None else (None, None)
+    base = layer.base_layer if result is None else None
     with torch.autocast(x.device.type, enabled=False):
-        added: torch.Tensor = _AddLora.apply(result, x, a, b, layer.scaling[name] / kept, dropped, *base)
+        added: torch.Tensor = _AddLora.apply(result, x, a, b, layer.scaling[name] / kept, dropped, base)
     return added
 
 
@@ -123,7 +123,8 @@ def _drop(dropout: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torc
 class _AddLora(torch.autograd.Function):  # type: ignore[misc]
     """result + scaling * x A^T B^T, written over `result`; x is 0 at the places in `dropped`.
 
-    Without a result it is the base's, computed here from `x` (not dropped), `weight` and `bias`, as its gradient is.
+    Without a result it is that of `base`, a frozen linear layer, computed here from `x` (not dropped), and its
+    gradient with the adapter's.
     """
 
     @staticmethod
@@ -135,32 +136,30 @@ class _AddLora(torch.autograd.Function):  # type: ignore[misc]
         b: torch.Tensor,
         scaling: float,
         dropped: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        base: torch.nn.Module | None,
     ) -> torch.Tensor:
         if result is None:
-            assert weight is not None
-            result = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            result = frozen.product(base, x)
         else:
             ctx.mark_dirty(result)
         narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)
         middle = (x if dropped is None else zeroed(x, dropped)) @ narrow_a.mT
         result.view(-1, result.shape[-1]).addmm_(middle.view(-1, middle.shape[-1]), narrow_b.mT, alpha=scaling)
-        ctx.save_for_backward(x, middle, narrow_a, narrow_b, dropped, weight)
-        ctx.scaling, ctx.dtype = scaling, a.dtype
+        ctx.save_for_backward(x, middle, narrow_a, narrow_b, dropped)
+        ctx.scaling, ctx.dtype, ctx.base = scaling, a.dtype, base
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, middle, a, b, dropped, weight = ctx.saved_tensors
+        x, middle, a, b, dropped = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         dmiddle = (flat @ b) * ctx.scaling
         seen = x if dropped is None else zeroed(x, dropped)
         da = dmiddle.mT @ seen.reshape(-1, x.shape[-1])
         # Few rows by many columns: the transposed product is a third slower.
         db = (middle.view(-1, middle.shape[-1]).mT @ flat).mT * ctx.scaling
-        dx = _input_slope(flat, dmiddle, a, dropped, weight).view(x.shape) if ctx.needs_input_grad[1] else None
-        return grad if weight is None else None, dx, da.to(ctx.dtype), db.to(ctx.dtype), None, None, None, None
+        dx = _input_slope(flat, dmiddle, a, dropped, ctx.base).view(x.shape) if ctx.needs_input_grad[1] else None
+        return grad if ctx.base is None else None, dx, da.to(ctx.dtype), db.to(ctx.dtype), None, None, None
 
 
 def _input_slope(
@@ -168,10 +167,10 @@ def _input_slope(
     dmiddle: torch.Tensor,
     a: torch.Tensor,
     dropped: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    base: torch.nn.Module | None,
 ) -> torch.Tensor:
-    """Return the gradient [T, in] through the adapter, and through the base where its weight is given."""
-    through_base = None if weight is None else grad @ weight.to(grad.dtype)
+    """Return the gradient [T, in] through the adapter, and through the base where it is given."""
+    through_base = None if base is None else grad @ frozen.weight(base, grad.dtype)
     if through_base is not None and dropped is None:
         return through_base.addmm_(dmiddle, a)
     slope = dmiddle @ a

@@ -49,7 +49,7 @@ def test_an_adapter_with_dropped_inputs_is_autograds() -> None:
     x, result = (torch.randn(2, 7, width, dtype=torch.float64, requires_grad=True) for width in (6, 5))
     a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 6), (5, 3)))
     places = dropped_places(x.numel(), 0.3)
-    found = _AddLora.apply(result.clone(), x, a, b, 1.7, places, None, None)
+    found = _AddLora.apply(result.clone(), x, a, b, 1.7, places, None)
     kept = zeroed(torch.ones_like(x), places)
     wanted = result + 1.7 * (x * kept) @ a.mT @ b.mT
     torch.testing.assert_close(found, wanted)
