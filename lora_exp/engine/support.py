@@ -132,7 +132,7 @@ def _of_head(base: Any) -> str | None:
     head = base.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         return f"its output layer is a {type(head).__name__}"
-    if head.weight.requires_grad:
+    if any(parameter.requires_grad for parameter in head.parameters()):
         return "its output layer is trained"
     return None
 

@@ -364,6 +364,23 @@ REASONS = {
 """Words of the reason for which it is not packed, by name and recipe."""
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_train_are_trained_as_by_trl(tmp_path: Path, bias: str) -> None:
+    model = model_folder(tmp_path / "model", "qwen2", SIZES)  # its q, k and v have one
+    engines = build_engines(tmp_path, ["recipe=sft", f"lora.bias={bias}", *model, *rows_of(tmp_path)])
+    trained = [name for name, each in engines.packed.model.named_parameters() if each.requires_grad]
+    assert any(name.endswith("bias") for name in trained)
+    assert_same(engines.packed_step(ALL_AT_ONCE), engines.padded_step(), 1e-5, 1e-4)
+
+
+def test_an_output_layer_whose_bias_trains_is_left_to_trl(tmp_path: Path) -> None:
+    model = model_folder(tmp_path / "model", "phi", SIZES)
+    with told() as lines:
+        build_trainer(tmp_path, ["recipe=sft", "lora.bias=all", *FEW, *model, *rows_of(tmp_path)])
+    assert lines["engine"].startswith("padded")
+    assert "output layer is trained" in lines["engine"]
+
+
 @pytest.mark.parametrize(("name", "recipe"), REASONS)
 def test_what_cannot_be_packed_exactly_falls_back_and_says_why(tmp_path: Path, name: str, recipe: str) -> None:
     model_type, fields, layer = PADDED[name]
