@@ -95,12 +95,20 @@ def families(rows: Sequence[Row], rows_per_example: int) -> list[Family]:
     return [Family(tuple(rows[example::examples])) for example in range(examples)]
 
 
-def fill(sizes: Sequence[int], budget: int) -> list[list[int]]:
+def fill(sizes: Sequence[int], budget: int, shared: int = 0) -> list[list[int]]:
     """Share things out over as few bins of `budget` as will do, and evenly, the largest first.
+
+    Args:
+        sizes: What each thing takes, beyond `shared`.
+        budget: What a bin holds.
+        shared: What all things have in common, which is in each bin once.
 
     Returns:
         Indices into `sizes`, a list a bin. A thing over the budget has a bin to itself.
     """
+    if shared >= budget:
+        return [[index] for index in range(len(sizes))]
+    budget -= shared
     largest_first = sorted(range(len(sizes)), key=lambda index: -sizes[index])
     number = max(1, -(-sum(sizes) // budget))
     while True:
@@ -129,7 +137,7 @@ def microbatches(units: Sequence[Sequence[Family]], budget: int, across: bool = 
         Indices into `units`, a list a micro-batch. A unit over the budget has one to itself.
     """
     shared = _alike([row for unit in units for family in unit for row in family.rows], 0) if across else 0
-    return fill([sum(len(family) - shared for family in unit) for unit in units], max(1, budget - shared))
+    return fill([sum(len(family) - shared for family in unit) for unit in units], budget, shared)
 
 
 @dataclass(frozen=True)

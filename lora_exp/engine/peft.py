@@ -78,7 +78,8 @@ def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Compute base and adapter of a layer."""
     (name,) = layer.active_adapters
     dtype = _number_format(layer, name, x)
-    if not torch.is_autocast_enabled(x.device.type) and not frozen.computes_in(layer.base_layer, dtype):
+    one_format = x.dtype == dtype and frozen.computes_in(layer.base_layer, dtype)
+    if not one_format and not torch.is_autocast_enabled(x.device.type):
         mixed: torch.Tensor = type(layer).forward(layer, x)
         return mixed
     x = x.to(dtype)

@@ -44,12 +44,11 @@ def largest_flat(examples: Examples, order: Order, budget: int, common: int = 0)
         common: Tokens from the start on that their prompts share, which a micro-batch holds once.
     """
     sizes = examples.sum(axis=1) - np.minimum(common, examples[:, 0])
-    budget = max(1, budget - common)
     best = np.array([int(sizes.argmax())])
     for drawn in _drawn(len(examples), order, order.batch * order.batches):
         units = [drawn[first : first + order.batch] for first in range(0, len(drawn), order.batch)]
         units = units if order.whole else [np.array([one]) for one in drawn]
-        for members in fill([int(sizes[unit].sum()) for unit in units], budget):
+        for members in fill([int(sizes[unit].sum()) for unit in units], budget, common):
             chosen = np.concatenate([units[index] for index in members])
             if sizes[chosen].sum() > sizes[best].sum():
                 best = chosen

@@ -121,6 +121,19 @@ def test_in_evaluation_a_quantised_layer_is_peft_s(kind: str) -> None:
             assert torch.allclose(module(x), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("kind", ["8bit", "nf4"])
+def test_an_input_in_another_format_than_the_adapter_keeps_its_own(kind: str) -> None:
+    """A base in float32 whose adapters TRL has narrowed, as it does where the base is quantised."""
+    module = layer(kind)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
+    leaf, upstream = torch.randn(1, 3, IN, requires_grad=True), torch.randn(1, 3, OUT)
+    expected = passed(module(leaf), module, leaf, upstream)
+    with fused_lora(module):
+        found = passed(module(leaf), module, leaf, upstream)
+    close(found, expected, 2e-2)
+
+
 def test_a_layer_that_computes_in_another_format_is_left_to_do_so() -> None:
     module = layer("nf4", torch.bfloat16)
     module.base_layer.compute_dtype = torch.float32

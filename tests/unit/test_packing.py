@@ -133,6 +133,11 @@ def test_micro_batches_hold_everything_once_and_keep_to_the_budget(
         assert tokens <= budget or len(each) == 1
 
 
+def test_rows_that_share_all_that_fits_are_alone() -> None:
+    members = families([Row(0, np.array([0]), np.array([0])), Row(1, np.array([0, 0]), np.array([0, 0]))], 1)
+    assert microbatches([[family] for family in members], 1) == [[0], [1]]
+
+
 def test_what_rows_share_takes_its_room_once() -> None:
     ids = [np.array([0] * 10 + [1 + row] * 5) for row in range(4)]
     units = [[Family((Row(row, each, each),))] for row, each in enumerate(ids)]
