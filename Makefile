@@ -33,10 +33,11 @@ demo: $(VENV)/.base ## SFT, then DPO on top of it: embedded model, sample data, 
 sweep-demo: $(VENV)/.base ## twelve trials of DPO on the embedded model: beta, learning rate, seed
 	@$(RUN) -m experiment=demo_sweep sweep.name=demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-# A test file a process and a core a process: threads of several would wait for one another.
+# A test file a process and a core a process: threads of several would wait for one another. In their order, so that the
+# many short files of tests/unit come last and no long one is left to a single process.
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.dev lint types ## linters, type check, all tests but the slow ones
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 unit: $(VENV)/.dev ## tests that train nothing
 	$(BIN)/python -m pytest tests/unit

@@ -27,7 +27,7 @@ LARGE = [
     "trainer.save_strategy=steps", "trainer.save_steps=1",
 ]  # fmt: skip
 ENGINES = {
-    "packed": ["engine.tokens_per_microbatch=100000"],
+    "packed": ["engine.tokens_per_microbatch=20000"],
     "padded": ["engine=padded", "trainer.per_device_train_batch_size=240"],
 }
 
