@@ -93,10 +93,10 @@ class WandbServer:
         self.asked = 0
         self._released = threading.Event()
         self._lock = threading.Lock()
-        self._http = _QuietServer(("127.0.0.1", 0), _handler_of(self))
-        self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
 
     def __enter__(self) -> WandbServer:
+        self._http = _QuietServer(("127.0.0.1", 0), _handler_of(self))
+        self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
         self._thread.start()
         return self
 
