@@ -125,7 +125,7 @@ def _line(job: Job, preview: Preview | UserError) -> tuple[Line, list[UserError]
     if isinstance(preview, UserError):
         return Line(job.axes, (), fits=False, trouble=preview.title), [preview]
     train = effect(preview.data.reports["train"].lengths, job.config.recipe.limits["train"])
-    at_once = preview.memory.tokens_at_once(preview.way)
+    at_once = preview.memory.tokens_at_once(preview.way.tokens)
     cells = line_cells(train, preview.schedule, at_once, preview.estimate, preview.duration)
     problems = _problems(job.config, preview)
     fits = preview.estimate.total <= preview.memory.room

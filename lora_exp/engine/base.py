@@ -50,10 +50,6 @@ class Engine(Section, ABC):
         """Return the engine that computes this exactly, itself wherever it can, and the line that says why."""
         return self, self.name
 
-    @abstractmethod
-    def tokens_at_once(self, work: Work) -> int:
-        """Return the most tokens whose activations are alive together."""
-
     def expected_for(self, base: Any, recipe: Recipe) -> tuple[Engine, str]:  # noqa: ARG002
         """Return the engine that will compute this, as far as a model without weights tells, and a reason if another.
 

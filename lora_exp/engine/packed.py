@@ -41,11 +41,6 @@ class Packed(Engine):
         reason = reason_of_structure(base, recipe)
         return (self, "") if reason is None else (Padded(target="", num_threads=self.num_threads), reason)
 
-    def tokens_at_once(self, work: Work) -> int:
-        """Return a micro-batch, or an example that is longer."""
-        assert isinstance(self.tokens_per_microbatch, int), "settled by suited_to"
-        return max(self.tokens_per_microbatch, work.longest)
-
     def choose_tokens(self, checkpointing: bool | Literal["auto"], forecast: Forecast) -> Choice:
         """Return the micro-batch that suits the machine."""
         from lora_exp.engine.settings import choose_tokens

@@ -15,6 +15,9 @@ from lora_exp.data.kinds import IGNORED
 
 Ids = npt.NDArray[np.int64]
 
+DEEPEST = 64
+"""Times that rows part one after the other; what comes after that is laid out row by row. Each is a call in a call."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -214,17 +217,23 @@ class _Laid:
         self.places: dict[int, list[Ids]] = {}
         self.total = 0
 
-    def follow(self, rows: Sequence[Row], first: int) -> Iterator[Segment]:
-        """Lay out what follows in rows that are alike up to `first`, a segment for each token that comes next."""
+    def follow(self, rows: Sequence[Row], first: int, depth: int = 0) -> Iterator[Segment]:
+        """Lay out what follows in rows that are alike up to `first`, a segment for each token that comes next.
+
+        Args:
+            rows: The rows.
+            first: Where they begin to differ.
+            depth: How often they have parted before.
+        """
         following: dict[int, list[Row]] = {}
         for row in rows:
             if len(row) > first:
-                following.setdefault(int(row.ids[first]), []).append(row)
+                following.setdefault(int(row.ids[first]) if depth < DEEPEST else row.index, []).append(row)
         for alike in following.values():
             last = _alike(alike, first)
             start = self._add(alike, first, last)
             stop = self.total
-            branches = tuple(self.follow(alike, last))
+            branches = tuple(self.follow(alike, last, depth + 1))
             yield Segment(start, stop, self.total, first, branches)
 
     def _add(self, rows: Sequence[Row], first: int, last: int) -> int:

@@ -34,6 +34,13 @@ class Forecast(Protocol):
             checkpointing: Whether activations are recomputed.
         """
 
+    def tokens_at_once(self, tokens: int | None) -> int:
+        """Return the tokens of the largest batch that training computes at once.
+
+        Args:
+            tokens: Of a micro-batch; None for whole batches.
+        """
+
     def require(self, engine: str, tokens: int | None, checkpointing: bool) -> None:
         """Check that this fits.
 

@@ -120,4 +120,7 @@ class Largest:
     @property
     def tokens(self) -> int:
         """Tokens that are computed at once."""
-        return self.padded[0] * self.padded[1] if self.flat is None else int(self.flat.sum())
+        if self.flat is None:
+            return self.padded[0] * self.padded[1]
+        shared = np.minimum(self.common, self.flat[:, 0])
+        return int(self.flat.sum() - shared.sum() + shared.max())

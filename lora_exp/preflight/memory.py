@@ -164,7 +164,7 @@ class Memory:
         require_fit(self, Way(engine, tokens, checkpointing))
 
     def _estimate(self, way: Way) -> Estimate:
-        batch = self._largest("training", way)
+        batch = self._largest("training", way.tokens)
         passes = self._model.passes(batch, True, way.checkpointing)
         widened = self._model.whole.widest_quantised * self.precision_bytes
         lasting, passing = self._lasting(passes, way), self._passing(passes, way, widened)
@@ -201,8 +201,8 @@ class Memory:
             items.append(Item("heap", int(share * sum(each.size for each in items)), "freed, and not to be used again"))
         return [Item("gradients", self.trained_bytes), *items]
 
-    def _largest(self, stage: str, way: Way) -> Largest:
-        """Return the largest batch that a stage computes at once."""
+    def _largest(self, stage: str, tokens: int | None) -> Largest:
+        """Return the largest batch that a stage computes at once, in micro-batches of `tokens` or whole."""
         trainer = self.config.trainer
         split, rows, order = "train", self.rows.train, Order(REFERENCE_ROWS, 1, shuffled=True)
         if stage == "training":
@@ -212,9 +212,9 @@ class Memory:
             assert self.rows.val is not None
             split, rows = "val", self.rows.val
             order = Order(trainer.per_device_eval_batch_size, 1, shuffled=False)
-        if way.tokens is not None:
+        if tokens is not None:
             common = 0 if stage == "training" and self._model.whole.drops else self.lengths[split].common
-            return Largest(flat=largest_flat(rows, order, way.tokens, common), common=common)
+            return Largest(flat=largest_flat(rows, order, tokens, common), common=common)
         return Largest(padded=largest_padded(rows, order))
 
     def _forward_stages(self, trained: Largest, way: Way) -> dict[str, int]:
@@ -222,7 +222,7 @@ class Memory:
         recipe, val = self.config.recipe, self.rows.val
         names = ["reference"] if recipe.needs_reference and way.tokens is not None else []
         names += ["evaluation"] if val is not None else []
-        batches = {name: self._largest(name, way) for name in names}
+        batches = {name: self._largest(name, way.tokens) for name in names}
         stages = {
             name: self._model.passes(batch, False, way.checkpointing).peak
             for name, batch in batches.items()
@@ -240,9 +240,13 @@ class Memory:
         """The base's structure, with adapter layers and without weights."""
         return self._model.whole.base
 
-    def tokens_at_once(self, way: Way) -> int:
-        """Return the tokens of the largest batch that training computes at once."""
-        return self._largest("training", way).tokens
+    def tokens_at_once(self, tokens: int | None) -> int:
+        """Return the tokens of the largest batch that training computes at once.
+
+        Args:
+            tokens: Of a micro-batch; None for whole batches.
+        """
+        return self._largest("training", tokens).tokens
 
     def products(self) -> tuple[tuple[int, int], int]:
         """Return inputs and outputs of the largest layer, and with how many weights a token is multiplied.
@@ -312,7 +316,7 @@ class Memory:
         kept = "recomputed" if way.checkpointing else "kept"
         if way.tokens is not None:
             return f"{kept}, up to {way.tokens:,} tokens at a time"
-        rows, columns = self._largest("training", way).padded
+        rows, columns = self._largest("training", way.tokens).padded
         return f"{kept}, up to {rows} rows of {columns:,} tokens at a time"
 
 

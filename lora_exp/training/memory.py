@@ -78,11 +78,10 @@ class MemoryGuard:
         if self.engine is None or self.work is None:
             return "the weights do not fit"
         device, forecast = self.work.policy.device, self.work.forecast
-        recomputed = self.work.arguments["gradient_checkpointing"]
-        tokens = self.engine.choose_tokens(recomputed, forecast)
-        need = forecast.need(self.engine.name, tokens.value if tokens else None, recomputed)
+        budget = _budget(self.engine, self.work)
+        need = forecast.need(self.engine.name, budget, self.work.arguments["gradient_checkpointing"])
         peak, free = peak_memory_bytes(device), free_memory_bytes(device)
-        at_once = self.engine.tokens_at_once(self.work)
+        at_once = forecast.tokens_at_once(budget)
         estimate = f"{at_once:,} tokens at a time were estimated to need {_size(need)} in all"
         return f"the run had used up to {_size(peak)}, {_size(free)} are free now, and {estimate}"
 
@@ -90,13 +89,12 @@ class MemoryGuard:
         """Yield what makes the run smaller, in order of least harm, with the config of those that change no result."""
         config, trainer = self.config, self.config.trainer
         if self.engine is not None and self.work is not None:
-            tokens = self.engine.tokens_at_once(self.work)
-            if self.engine.name == "packed" and tokens > self.work.longest:
-                fewer = max(tokens // 2, self.work.longest)
-                engine = config.engine.model_copy(update={"tokens_per_microbatch": fewer})
-                yield config.model_copy(update={"engine": engine}), f"engine.tokens_per_microbatch={fewer}"
-            rows = trainer.per_device_train_batch_size
-            if self.engine.name != "packed" and rows > 1:
+            budget, rows = _budget(self.engine, self.work), trainer.per_device_train_batch_size
+            # Half of what fills it, which may be far less than it holds; what is larger than it cannot be parted.
+            if budget is not None and 1 < (at_once := self.work.forecast.tokens_at_once(budget)) <= budget:
+                engine = config.engine.model_copy(update={"tokens_per_microbatch": at_once // 2})
+                yield config.model_copy(update={"engine": engine}), f"engine.tokens_per_microbatch={at_once // 2}"
+            if budget is None and rows > 1:
                 fewer = max(size for size in range(1, rows) if rows % size == 0)
                 change = {
                     "per_device_train_batch_size": fewer,
@@ -109,6 +107,12 @@ class MemoryGuard:
         if config.quant.target is None:
             yield None, "quant=8bit, or quant=4bit"
         yield None, f"recipe.max_length={config.recipe.max_length // 2}"
+
+
+def _budget(engine: Engine, work: Work) -> int | None:
+    """Return the tokens of a micro-batch; None where whole batches are computed."""
+    chosen = engine.choose_tokens(work.arguments["gradient_checkpointing"], work.forecast)
+    return None if chosen is None else int(chosen.value)
 
 
 def _with(config: Config, change: Mapping[str, object]) -> Config:

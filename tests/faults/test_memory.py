@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,9 @@ ENGINES = {
     "padded": ["engine=padded", "trainer.per_device_train_batch_size=240"],
 }
 
+MORE = {"packed": ["engine.tokens_per_microbatch=1000000"], "padded": []}
+"""A budget far above what a batch has."""
+
 
 def lines(cwd: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (cwd / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -46,7 +50,7 @@ def run(server: Server, cwd: Path, engine: str, *overrides: str, limited: bool =
 def test_memory_that_runs_out_is_told_with_what_helps(
     server: Server, tally: Tally, tmp_path: Path, engine: str
 ) -> None:
-    ended = run(server, tmp_path, engine)
+    ended = run(server, tmp_path, engine, *MORE[engine])
     tally.inject("out of memory")
     assert ended.status == 2, ended.said
     assert "memory ran out in the stage train" in ended.said
@@ -55,6 +59,11 @@ def test_memory_that_runs_out_is_told_with_what_helps(
     helps = {"packed": "engine.tokens_per_microbatch=", "padded": "trainer.per_device_train_batch_size=120"}
     assert helps[engine] in ended.said
     assert "Traceback" not in ended.said
+    tokens, budget = (re.search(pattern, ended.said) for pattern in (r"([\d,]+) tokens at a time", r"microbatch=(\d+)"))
+    if engine == "packed":  # half of what fills it, far below the budget
+        assert tokens is not None
+        assert budget is not None
+        assert int(budget[1]) == int(tokens[1].replace(",", "")) // 2 < 100_000
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     tally.survive("out of memory")
 

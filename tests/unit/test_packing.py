@@ -47,6 +47,15 @@ def test_every_row_is_there_with_its_positions(across: bool, batch: tuple[list[R
         assert packed.positions[places].tolist() == list(range(len(row)))
 
 
+def test_rows_may_go_on_from_one_another_more_often_than_calls_nest() -> None:
+    """As the turns of a conversation do, each a row that ends later; here a token later."""
+    rows = [Row(index, np.zeros(index + 1, dtype=int), np.zeros(index + 1, dtype=int)) for index in range(1100)]
+    packed = pack(families(rows, 1))
+    for row in rows:
+        assert packed.positions[packed.places[row.index]].tolist() == list(range(len(row)))
+    assert len(packed.sources) == sum(len(row) - 1 for row in rows)
+
+
 def starts(rows: Sequence[Row]) -> set[tuple[int, ...]]:
     """Return every start that some row has, of one token and more."""
     return {tuple(row.ids[: place + 1].tolist()) for row in rows for place in range(len(row))}

@@ -25,7 +25,7 @@ from lora_exp.errors import UserError
 from lora_exp.models.precision import choose_precision
 from lora_exp.preflight import model_passes
 from lora_exp.preflight.activations import Passes, packed_passes, padded_passes
-from lora_exp.preflight.batches import STEPS, Order, flat_row, largest_flat, largest_padded
+from lora_exp.preflight.batches import STEPS, Largest, Order, flat_row, largest_flat, largest_padded
 from lora_exp.preflight.fit import require_fit
 from lora_exp.preflight.live import LiveBytes
 from lora_exp.preflight.memory import Memory, Place, Way, states_of
@@ -234,6 +234,7 @@ def test_the_largest_micro_batch_is_one_that_can_come(
     found = largest_flat(rows, Order(batch, batches, shuffled=True), budget, common)
     assert len(found) <= batch * batches
     tokens = found.sum() - common * (len(found) - 1)
+    assert Largest(flat=found, common=common).tokens == tokens
     assert tokens <= budget or len(found) == 1
     assert tokens >= rows.sum(axis=1).max()
     assert {tuple(row) for row in found.tolist()} <= {tuple(row) for row in rows.tolist()}
