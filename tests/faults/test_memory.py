@@ -59,11 +59,12 @@ def test_memory_that_runs_out_is_told_with_what_helps(
     helps = {"packed": "engine.tokens_per_microbatch=", "padded": "trainer.per_device_train_batch_size=120"}
     assert helps[engine] in ended.said
     assert "Traceback" not in ended.said
-    tokens, budget = (re.search(pattern, ended.said) for pattern in (r"([\d,]+) tokens at a time", r"microbatch=(\d+)"))
     if engine == "packed":  # half of what fills it, far below the budget
-        assert tokens is not None
-        assert budget is not None
-        assert int(budget[1]) == int(tokens[1].replace(",", "")) // 2 < 100_000
+        tokens = re.search(r"([\d,]+) tokens at a time were estimated", ended.said)
+        fewer = re.search(r"harm first:\s+engine\.tokens_per_microbatch=(\d+)", ended.said)
+        assert tokens is not None, ended.said
+        assert fewer is not None, ended.said
+        assert int(fewer[1]) == int(tokens[1].replace(",", "")) // 2 < 100_000
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     tally.survive("out of memory")
 
