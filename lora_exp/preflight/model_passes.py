@@ -143,8 +143,10 @@ class ModelPasses:
     def _shape(self) -> str:
         """What two runs have in common whose passes hold the same for the same rows."""
         config = self.config
+        fields = self.structure.to_dict()
+        fields.pop("_name_or_path", None)  # a folder of its own for each job of a model that is made from its config
         parts = [
-            self.structure.to_json_string(use_diff=False),
+            fields,
             config.model.dtype,
             config.quant.model_dump_json(),
             config.lora.model_dump_json(),
@@ -152,7 +154,7 @@ class ModelPasses:
             str(self.start),
             getattr(config.recipe, "disable_dropout", False),
         ]
-        return json.dumps(parts)
+        return json.dumps(parts, default=str)
 
 
 def _keep(known: dict[Any, Any], most: int, key: Any, value: Any) -> None:

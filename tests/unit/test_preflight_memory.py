@@ -183,6 +183,18 @@ def test_some_layers_tell_of_all(
     assert parts.estimate(way).training == pytest.approx(whole.estimate(way).training, rel=0.01)
 
 
+def test_the_same_model_in_another_folder_is_not_counted_again(
+    config: Callable[..., Config], tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job of a sweep on the embedded model has it in a folder of its own."""
+    settings, way = config(FP32), Way("packed", 1024, False)
+    counted = memory_of(settings, tiny).estimate(way)
+    other = shutil.copytree(tiny, tmp_path / "other")
+    monkeypatch.delattr(model_passes, "packed_passes")
+    monkeypatch.delattr(model_passes, "build_twin")
+    assert memory_of(settings, str(other)).estimate(way) == counted
+
+
 def test_every_part_is_counted_once(config: Callable[..., Config], tiny: str) -> None:
     settings = config("recipe=dpo", FP32)
     examples = [[30, 20, 25]] * 12
