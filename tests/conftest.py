@@ -29,6 +29,7 @@ os.environ.pop("COLUMNS", None)
 from lora_exp.compose import Composer  # noqa: E402
 from lora_exp.models.source import cache_dir  # noqa: E402
 from lora_exp.resolvers import register_resolvers  # noqa: E402
+from tests.forked import ForkServer  # noqa: E402
 
 _cache = Path(_hub_cache.name) / "lora_exp"
 _cache.mkdir()
@@ -46,6 +47,14 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets")
 @pytest.fixture(scope="session", autouse=True)
 def _resolvers() -> None:
     register_resolvers()
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Return what starts commands that have their imports behind them."""
+    server = ForkServer(tmp_path_factory.mktemp("home"))
+    yield server
+    server.close()
 
 
 @pytest.fixture

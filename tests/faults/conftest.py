@@ -1,14 +1,14 @@
-"""The seed of the faults, the process that the runs are forked from, and the tally at the end."""
+"""The seed of the faults, what does them, and the tally at the end."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from random import Random
 
 import pytest
 
 from tests.faults.harness import Server, Tally
+from tests.forked import ForkServer
 
 SEED = int(os.environ.get("LORA_EXP_FAULT_SEED", "0"))
 _tally = Tally()
@@ -26,10 +26,8 @@ def random(request: pytest.FixtureRequest) -> Random:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("home"))
-    yield server
-    server.close()
+def server(fork_server: ForkServer) -> Server:
+    return Server(fork_server)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.forked import Forked, ForkServer
+
 TIMES = re.compile(r"runtime|per_second")
 Moment = Callable[["Running"], bool]
 """Whether it has come, asked over and over."""
@@ -45,7 +43,7 @@ class Tally:
 class Running:
     """A run at work, and the folder that it works in."""
 
-    pid: int
+    process: Forked
     folder: Path
     began: float = field(default_factory=time.monotonic)
 
@@ -67,27 +65,10 @@ class Ended:
 
 
 class Server:
-    """Runs commands one after the other, each in a process of its own that has everything imported."""
+    """Runs commands one after the other, and does them harm."""
 
-    def __init__(self, home: Path) -> None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-        self.home = home
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.server"],
-            cwd=REPOSITORY,
-            # glibc reserves 64 MiB of addresses for each thread that happens to need an arena of its own: with one
-            # arena a limit of the address space means the same in every run.
-            env={**environment, "HOME": str(home), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert json.loads(self._answer()) == "ready"
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+    def __init__(self, forks: ForkServer) -> None:
+        self.forks = forks
 
     def run(
         self,
@@ -110,48 +91,26 @@ class Server:
             limits: Limits of the process, by their names in `resource`.
             ignored: Signals that the process is started to ignore.
         """
-        log = self.home / f"log-{time.monotonic_ns()}"
-        order = {
-            "arguments": arguments,
-            "cwd": str(cwd),
-            "log": str(log),
-            "environment": {"WANDB_MODE": "offline", "COLUMNS": "160", **(environment or {})},
-            "limits": limits or {},
-            "ignored": list(ignored),
-        }
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        running = Running(json.loads(self._answer())["pid"], folder or cwd)
+        log = self.forks.home / f"log-{time.monotonic_ns()}"
+        told = {"WANDB_MODE": "offline", "COLUMNS": "160", **(environment or {})}
+        process = self.forks.start(
+            *arguments, cwd=cwd, stdout=log, stderr=log, environment=told, limits=limits, ignored=ignored
+        )
         try:
-            self._harm(running, harm or {})
-        except BaseException:  # a test that fails must leave no answer behind for the next
-            os.kill(running.pid, signal.SIGKILL)
-            self._answer()
+            self._harm(Running(process, folder or cwd), harm or {})
+        except BaseException:  # a test that fails leaves nothing at work
+            process.kill()
             raise
-        status = json.loads(self._answer())["status"]
+        status = process.wait()
         return Ended(status, log.read_text(errors="replace") if log.exists() else "")
 
     def _harm(self, running: Running, harm: Mapping[str, Moment]) -> None:
         for name, moment in harm.items():
             while not moment(running):
-                if not alive(running.pid):
+                if running.process.poll() is not None:
                     return
                 time.sleep(0.0005)
-            if alive(running.pid):
-                os.kill(running.pid, getattr(signal, name.partition(" ")[0]))
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-
-def alive(pid: int) -> bool:
-    """Whether a process is at work: not gone, and not waiting to be waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+            running.process.send_signal(getattr(signal, name.partition(" ")[0]))
 
 
 def after(seconds: float) -> Moment:

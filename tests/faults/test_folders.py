@@ -12,7 +12,8 @@ from filelock import FileLock
 
 from lora_exp.errors import UserError
 from lora_exp.run_lock import LOCK, hold, only_run
-from tests.faults.harness import REPOSITORY, Tally
+from tests.faults.harness import Tally
+from tests.forked import REPOSITORY
 
 HOLD = """
 import sys, time

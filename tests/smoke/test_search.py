@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import optuna
 import pytest
 import yaml
 
-from tests.smoke.test_multirun import lora_exp
+from tests.forked import ForkServer
 
 SEARCH = [
     "-m",
@@ -51,9 +48,9 @@ def found(cwd: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("undisturbed")
-    done = lora_exp(*SEARCH, cwd=cwd)
+    done = fork_server.run(*SEARCH, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd
 
@@ -91,32 +88,28 @@ def test_every_evaluation_is_reported(undisturbed: Path) -> None:
         assert values == [losses[-1]], "a pruned trial keeps what it had reached"
 
 
-def test_the_same_command_again_has_nothing_to_do(undisturbed: Path) -> None:
+def test_the_same_command_again_has_nothing_to_do(fork_server: ForkServer, undisturbed: Path) -> None:
     before = found(undisturbed), runs(undisturbed)
-    done = lora_exp(*SEARCH, cwd=undisturbed)
+    done = fork_server.run(*SEARCH, cwd=undisturbed)
     assert done.returncode == 0, done.stderr
     assert (found(undisturbed), runs(undisturbed)) == before
 
 
-def test_killed_and_started_again_it_draws_and_finds_the_same(undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again_it_draws_and_finds_the_same(
+    fork_server: ForkServer, undisturbed: Path, tmp_path: Path
+) -> None:
     kills = 0
-    for seconds in (9.0, 12.0, 14.0):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lora_exp", *SEARCH],
-            cwd=tmp_path,
-            env={**os.environ, "HOME": str(tmp_path)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        begun = time.monotonic()
-        while process.poll() is None and time.monotonic() - begun < seconds:
-            time.sleep(0.05)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+    log = tmp_path / "log.txt"
+    for seconds in (1.5, 4.0, 6.0):
+        process = fork_server.start(*SEARCH, cwd=tmp_path, stdout=log, stderr=log, environment={"HOME": str(tmp_path)})
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
             kills += 1
     assert kills
-    done = lora_exp(*SEARCH, cwd=tmp_path)
+    done = fork_server.run(*SEARCH, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert found(tmp_path) == found(undisturbed)
     board = "multirun/search/leaderboard.csv"

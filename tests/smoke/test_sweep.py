@@ -7,14 +7,14 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.smoke.test_multirun import lora_exp
+from tests.forked import Forked, ForkServer
 
 SWEEP = [
     "-m",
@@ -34,15 +34,19 @@ SWEEP = [
 ]
 
 
-def start(cwd: Path, *more: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "HOME": str(cwd)}
-    with (cwd / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "lora_exp", *SWEEP, *more], cwd=cwd, env=environment, stdout=log, stderr=log
-        )
+Start = Callable[[Path], Forked]
 
 
-def worker_of(process: subprocess.Popen[bytes]) -> int:
+@pytest.fixture(scope="module")
+def start(fork_server: ForkServer) -> Start:
+    def begin(cwd: Path) -> Forked:
+        log = cwd / "log.txt"
+        return fork_server.start(*SWEEP, cwd=cwd, stdout=log, stderr=log, environment={"HOME": str(cwd)})
+
+    return begin
+
+
+def worker_of(process: Forked) -> int:
     """Return the process that trains."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return int(children[0])
@@ -78,7 +82,7 @@ def results(cwd: Path) -> dict[str, tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("whole")
     assert start(cwd).wait() == 0, (cwd / "log.txt").read_text()
     return cwd
@@ -89,7 +93,7 @@ def test_trials_are_named_for_what_they_vary(whole: Path) -> None:
     assert list(trials(whole)) == expected
 
 
-def test_killed_at_random_moments_it_ends_in_the_same_results(whole: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_it_ends_in_the_same_results(start: Start, whole: Path, tmp_path: Path) -> None:
     moments = random.Random(0)
     process = start(tmp_path)
     lines = tmp_path / "multirun/grid/recipe.beta=0.05,seed=42/metrics.jsonl"
@@ -101,7 +105,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_results(whole: Path, tmp_p
     for _ in range(5):
         process = start(tmp_path)
         try:
-            assert process.wait(timeout=moments.uniform(0.5, 12)) == 0, (tmp_path / "log.txt").read_text()
+            assert process.wait(timeout=moments.uniform(0.2, 6)) == 0, (tmp_path / "log.txt").read_text()
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -109,7 +113,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_results(whole: Path, tmp_p
     assert results(tmp_path) == results(whole)
 
 
-def test_a_finished_trial_is_not_trained_again(whole: Path) -> None:
+def test_a_finished_trial_is_not_trained_again(start: Start, whole: Path) -> None:
     before = {name: (folder / "run.json").stat().st_mtime_ns for name, folder in trials(whole).items()}
     begin = time.monotonic()
     assert start(whole).wait() == 0
@@ -117,7 +121,7 @@ def test_a_finished_trial_is_not_trained_again(whole: Path) -> None:
     assert before == {name: (folder / "run.json").stat().st_mtime_ns for name, folder in trials(whole).items()}
 
 
-def test_a_trial_that_is_killed_spares_the_rest(tmp_path: Path) -> None:
+def test_a_trial_that_is_killed_spares_the_rest(start: Start, tmp_path: Path) -> None:
     process = start(tmp_path)
     first = tmp_path / "multirun/grid/recipe.beta=0.05,seed=42"
     while not (first / "checkpoints").exists():
@@ -132,7 +136,7 @@ def test_a_trial_that_is_killed_spares_the_rest(tmp_path: Path) -> None:
     assert facts(first)["status"] == "finished"
 
 
-def test_nothing_runs_on_when_the_command_is_killed(tmp_path: Path) -> None:
+def test_nothing_runs_on_when_the_command_is_killed(start: Start, tmp_path: Path) -> None:
     process = start(tmp_path)
     while not trials(tmp_path):
         time.sleep(0.05)
@@ -145,19 +149,19 @@ def test_nothing_runs_on_when_the_command_is_killed(tmp_path: Path) -> None:
     assert not Path(f"/proc/{worker}").exists()
 
 
-def test_another_question_under_the_same_name_is_refused(whole: Path) -> None:
+def test_another_question_under_the_same_name_is_refused(fork_server: ForkServer, whole: Path) -> None:
     before = trials(whole)
-    done = lora_exp(*SWEEP, "recipe.loss_type=ipo", cwd=whole)
+    done = fork_server.run(*SWEEP, "recipe.loss_type=ipo", cwd=whole)
     assert done.returncode == 2
     assert "recipe.loss_type: was 'sigmoid' in multirun/grid and is 'ipo' now" in done.stderr
     assert trials(whole) == before
 
 
-def test_two_commands_cannot_run_one_sweep(tmp_path: Path) -> None:
+def test_two_commands_cannot_run_one_sweep(fork_server: ForkServer, start: Start, tmp_path: Path) -> None:
     process = start(tmp_path)
     while not (tmp_path / "multirun/grid/sweep.json").exists():
         time.sleep(0.05)
-    done = lora_exp(*SWEEP, cwd=tmp_path)
+    done = fork_server.run(*SWEEP, cwd=tmp_path)
     process.kill()
     assert done.returncode == 2
     assert "another command is running this sweep" in done.stderr

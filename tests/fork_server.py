@@ -1,7 +1,8 @@
 """Runs commands in forks of a process that has imported everything: a run begins at once, and dies as any process.
 
-Reads one JSON object a line, as `harness.Server.run` writes it, and answers with the child's `pid`, then with its
-`status` as subprocess has it (negative: the signal that killed it).
+Reads one JSON object a line, as `forked.ForkServer.start` writes it, and answers with the command's process id. A
+process between the two waits for the command and leaves its status in a file, as subprocess has it (negative: the
+signal that killed it), so that several may run at a time.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ def preload() -> None:
     import lora_exp.training.loop  # noqa: F401
 
 
-def child(order: dict[str, Any]) -> None:
+def command(order: dict[str, Any]) -> None:
+    """Be `python -m lora_exp`."""
     from lora_exp.__main__ import main
 
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(order["cwd"])
     os.environ.update(order["environment"])
     for name, limit in order["limits"].items():
@@ -52,20 +53,32 @@ def child(order: dict[str, Any]) -> None:
     main()
 
 
+def wait_for(pid: int, status: Path) -> None:
+    _, code = os.waitpid(pid, 0)
+    part = status.with_suffix(".part")
+    part.write_text(str(os.waitstatus_to_exitcode(code)))
+    part.replace(status)
+
+
 def serve() -> None:
     preload()
     _answer("ready")
     for line in sys.stdin:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who waits for a command is not waited for
+        if os.fork():
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
+        order = json.loads(line)
         pid = os.fork()
-        if pid == 0:
-            sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            child(json.loads(line))
-            sys.exit(0)
-        _answer({"pid": pid})
-        _, status = os.waitpid(pid, 0)
-        _answer({"status": os.waitstatus_to_exitcode(status)})
+        if pid:
+            _answer(pid)
+            wait_for(pid, Path(order["status"]))
+            os._exit(0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        command(order)
+        sys.exit(0)
 
 
 def _answer(value: Any) -> None:
