@@ -21,17 +21,14 @@ def preload() -> None:
     from lora_exp.quiet import quiet_libraries
 
     quiet_libraries()
-    import bitsandbytes  # noqa: F401
     import datasets  # noqa: F401
-    import peft  # noqa: F401
-    import transformers  # noqa: F401
-    import trl  # noqa: F401
 
     import lora_exp.__main__
     import lora_exp.engine.training
-    import lora_exp.recipes.trl
-    import lora_exp.run
-    import lora_exp.training.loop  # noqa: F401
+    import lora_exp.run  # noqa: F401
+    from lora_exp.libraries import load_libraries
+
+    load_libraries()
 
 
 def command(order: dict[str, Any]) -> None:
