@@ -68,6 +68,14 @@ class Engine(Section, ABC):
         """
         return None
 
+    def shares(self, drops: bool) -> bool:  # noqa: ARG002
+        """Return whether examples of a flat row, in this engine or one put in its place, share their common start.
+
+        Args:
+            drops: Whether some of it is dropped at random.
+        """
+        return True
+
     @abstractmethod
     def trainer_class(self, trainer: type[Any]) -> type[Any]:
         """Return a TRL trainer class that computes as this engine does."""

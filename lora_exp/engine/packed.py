@@ -22,6 +22,7 @@ class Packed(Engine):
     name: ClassVar[str] = "packed"
     keeps_reference: ClassVar[bool] = True
     tokens_per_microbatch: Annotated[int, Field(gt=0)] | Literal["auto"]
+    share_under_dropout: bool
 
     def suited_to(self, work: Work) -> tuple[Engine, str]:
         """Return itself with its micro-batch settled, or `Padded` and the reason."""
@@ -47,6 +48,10 @@ class Packed(Engine):
 
         return choose_tokens(self.tokens_per_microbatch, self.name, checkpointing, forecast)
 
+    def shares(self, drops: bool) -> bool:
+        """Return whether examples share it."""
+        return self.share_under_dropout or not drops
+
     def trainer_class(self, trainer: type[Any]) -> type[Any]:
         """Return the class with its forward and backward pass packed."""
         from lora_exp.engine.training import packed_trainer
@@ -60,6 +65,7 @@ class Packed(Engine):
         weighted = getattr(trainer, "use_weighting", False)
         trainer.packed_forward = PackedForward(work.policy.model.get_base_model(), weighted)
         trainer.tokens_per_microbatch = self.tokens_per_microbatch
+        trainer.share_under_dropout = self.share_under_dropout
         trainer.rows_per_example = len(work.recipe.row_kind.answers)
         trainer.whole_batches = work.recipe.compares_examples
 

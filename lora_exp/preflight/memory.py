@@ -213,7 +213,8 @@ class Memory:
             split, rows = "val", self.rows.val
             order = Order(trainer.per_device_eval_batch_size, 1, shuffled=False)
         if tokens is not None:
-            common = 0 if stage == "training" and self._model.whole.drops else self.lengths[split].common
+            drops = stage == "training" and self._model.whole.drops
+            common = self.lengths[split].common if self.config.engine.shares(drops) else 0
             return Largest(flat=largest_flat(rows, order, tokens, common), common=common)
         return Largest(padded=largest_padded(rows, order))
 

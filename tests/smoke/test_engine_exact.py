@@ -261,9 +261,10 @@ def test_any_batch_is_computed_as_trl_does(shallow: Engines, drawn: Drawn) -> No
     assert_same(step(shallow.packed, given), step(shallow.padded, given), 1e-5, 1e-4)
 
 
-def test_examples_share_a_start_where_nothing_is_dropped(build: Callable[..., Engines]) -> None:
-    """A token has one hidden state; dropped at random, rows of one batch would lose the same of it."""
-    trainer = build("recipe=sft", "lora.lora_dropout=0.1").packed
+@pytest.mark.parametrize("shared", [True, False])
+def test_examples_share_a_start_and_under_dropout_if_they_may(tmp_path: Path, shared: bool) -> None:
+    settings = ["recipe=sft", "lora.lora_dropout=0.1", f"engine.share_under_dropout={shared}"]
+    trainer = build_trainer(tmp_path / "run", [*FEW, *SMALL, *write_rows(tmp_path / "rows", pairs()), *settings])
     given = tuple(batches(trainer, number=1, size=4))
     alone = int(given[0]["attention_mask"].sum())
 
@@ -271,8 +272,33 @@ def test_examples_share_a_start_where_nothing_is_dropped(build: Callable[..., En
         trainer.model.train(training)
         return sum(len(row.ids) for row, _ in Plan.of(trainer, given))
 
-    assert computed(training=True) == alone
     assert computed(training=False) <= alone - len(SYSTEM)
+    assert computed(training=True) == (computed(training=False) if shared else alone)
+
+
+def test_a_gradient_under_dropout_is_on_average_trls(build: Callable[..., Engines]) -> None:
+    """What is dropped of a shared start is the same for all rows, and the gradient's expectation a sum over rows."""
+    both = build("recipe=sft", "lora.lora_dropout=0.5")
+    for trainer in (both.packed, both.padded):
+        disturb(trainer, 0.2)
+        trainer.model.train()
+    given = batches(both.packed, number=1, size=4)
+    assert sum(len(row.ids) for row, _ in Plan.of(both.packed, tuple(given))) < int(given[0]["attention_mask"].sum())
+
+    def mean(trainer: Any) -> tuple[torch.Tensor, float]:
+        """Return the mean of many draws, and its expected squared distance from the mean of all."""
+        torch.manual_seed(0)
+        draws = torch.stack([step(trainer, given).gradient for _ in range(60)])
+        return draws.mean(0), float(draws.var(0).sum()) / len(draws)
+
+    (packed, spread), (padded, other) = mean(both.packed), mean(both.padded)
+    for module in both.padded.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    without = step(both.padded, given).gradient
+    apart = spread + other
+    assert float((packed - padded).square().sum()) < 2 * apart
+    assert float((packed - without).square().sum()) > 4 * apart, "as many draws tell another mean apart"
 
 
 # Other architectures.
