@@ -24,7 +24,7 @@ ROOM = {"packed": 250 << 20, "padded": 450 << 20}
 
 LARGE = [
     *COMMON, "recipe.max_length=512", "trainer.per_device_train_batch_size=120", "trainer.num_train_epochs=1",
-    "trainer.eval_strategy=no", "trainer.gradient_checkpointing=false", "trainer.max_steps=3", "trainer.bf16=false",
+    "trainer.eval_strategy=no", "trainer.gradient_checkpointing=false", "trainer.max_steps=2", "trainer.bf16=false",
     "trainer.save_strategy=steps", "trainer.save_steps=1",
 ]  # fmt: skip
 ENGINES = {
