@@ -1,7 +1,8 @@
 """How a flat row is cut into blocks of queries against just the keys that they see.
 
 Blocks are computed as plain matrix products (`attention.py`), parts of like size in one call. Which token sees which is
-told by two numbers a token, whatever rows share.
+told by two numbers a token, whatever rows share. Planned in numpy: a plan is thousands of small steps, each of which
+torch, above all without data (`preflight/live.py`), takes many times as long for.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lora_exp.engine import flex
-from lora_exp.engine.packing import Segment
+from lora_exp.engine.packing import Ids, Segment
 
 DENSE = 64
 """A segment with its branches is one part up to this many tokens: fewer, larger products beat what causality saves."""
@@ -35,26 +38,26 @@ class Sight:
     Behind a segment lie first its branches, which all see it, and then what does not.
 
     Args:
-        ends: The place behind the last token that sees it, for each token [T].
+        ends: The place behind the last token that sees it, for each token [T]; of numpy, or of torch on a device.
         positions: Its place in its rows [T].
     """
 
-    ends: torch.Tensor
-    positions: torch.Tensor
+    ends: Any
+    positions: Any
 
     @classmethod
     def of(cls, segments: Sequence[Segment]) -> Sight:
         """Return what the tokens of these segments see, with all that follows them."""
         every = [each for segment in segments for each in segment.walk()]
-        ends = [torch.full((each.stop - each.start,), each.end) for each in every]
-        positions = [torch.arange(each.position, each.position + each.stop - each.start) for each in every]
-        return cls(torch.cat(ends), torch.cat(positions))
+        ends = np.repeat([each.end for each in every], [each.stop - each.start for each in every])
+        positions = [np.arange(each.position, each.position + each.stop - each.start) for each in every]
+        return cls(ends, np.concatenate(positions))
 
     def to(self, device: torch.device) -> Sight:
-        """Return it on a device."""
-        return Sight(self.ends.to(device), self.positions.to(device))
+        """Return it as tensors on a device."""
+        return Sight(torch.from_numpy(self.ends).to(device), torch.from_numpy(self.positions).to(device))
 
-    def seen(self, queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+    def seen(self, queries: Any, keys: Any, window: int | None) -> Any:
         """Return whether the tokens at the places `queries` see those at `keys`; both are broadcast.
 
         Args:
@@ -76,9 +79,9 @@ class Part:
         allowed: Which of these each may see [queries, keys].
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
-    allowed: torch.Tensor
+    queries: Ids
+    keys: Ids
+    allowed: npt.NDArray[np.bool_]
 
 
 class Block:
@@ -94,20 +97,21 @@ class Block:
     """
 
     def __init__(self, parts: Sequence[Part], device: torch.device) -> None:
-        queries, keys = (_rounded(max(len(getattr(part, name)) for part in parts)) for name in ("queries", "keys"))
-        self.queries = torch.stack([_padded(part.queries, queries) for part in parts]).to(device)
-        self.keys = torch.stack([_padded(part.keys, keys) for part in parts]).to(device)
-        mask = torch.full((len(parts), 1, queries, keys), float("-inf"))
-        is_real = torch.zeros(len(parts), queries, dtype=torch.bool)
+        queries, keys = _stacked([part.queries for part in parts]), _stacked([part.keys for part in parts])
+        mask = np.full((len(parts), 1, queries.shape[1], keys.shape[1]), -np.inf, dtype=np.float32)
+        is_real = np.zeros(queries.shape, dtype=bool)
         for number, part in enumerate(parts):
             height, width = part.allowed.shape
-            mask[number, 0, :height, :width].masked_fill_(part.allowed, 0)
+            np.copyto(mask[number, 0, :height, :width], 0, where=part.allowed)
             mask[number, 0, height:, 0] = 0  # padding sees something, or its softmax would be no number
             is_real[number, :height] = True
-        self.mask = mask.to(device)
-        self.padding = (~is_real).flatten().nonzero()[:, 0].to(device)
-        self.real = is_real.flatten().nonzero()[:, 0].to(device)
-        self.tokens = self.queries.flatten()[self.real]
+
+        def there(array: npt.NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self.queries, self.keys, self.mask = there(queries), there(keys), there(mask)
+        self.padding, self.real = there(np.flatnonzero(~is_real)), there(np.flatnonzero(is_real))
+        self.tokens = there(queries[is_real])
 
 
 def _rounded(length: int) -> int:
@@ -115,8 +119,13 @@ def _rounded(length: int) -> int:
     return length + -length % 16 if length > 64 else length
 
 
-def _padded(places: torch.Tensor, length: int) -> torch.Tensor:
-    return torch.cat([places, places[:1].expand(length - len(places))])
+def _stacked(parts: Sequence[Ids]) -> Ids:
+    """Return places of several parts as rows of one length; the first of each stands where it is shorter."""
+    rows = np.empty((len(parts), _rounded(max(map(len, parts)))), dtype=np.int64)
+    for row, places in zip(rows, parts, strict=True):
+        row[: len(places)] = places
+        row[len(places) :] = places[0]
+    return rows
 
 
 class Layout:
@@ -146,36 +155,36 @@ class Layout:
     def blocks(self, window: int | None) -> list[Block]:
         """Return the blocks of the row. `window`: a token sees this many tokens back, itself included."""
         if window not in self._blocks:
-            parts = list(self._parts(self._segments, torch.empty(0, dtype=torch.int64), window))
+            parts = list(self._parts(self._segments, np.empty(0, dtype=np.int64), window))
             self._blocks[window] = [Block(group, self._device) for group in _grouped_parts(parts)]
         return self._blocks[window]
 
-    def _parts(self, segments: Sequence[Segment], path: torch.Tensor, window: int | None) -> Iterator[Part]:
+    def _parts(self, segments: Sequence[Segment], path: Ids, window: int | None) -> Iterator[Part]:
         """Yield the parts of segments and what follows them. `path`: the places of all that comes before them."""
         for segment in segments:
             if segment.end - segment.start <= DENSE:
-                own = torch.arange(segment.start, segment.end)
-                yield self._part(own, torch.cat([_in_sight(path, len(path), window), own]), window)
+                own = np.arange(segment.start, segment.end)
+                yield self._part(own, np.concatenate([_in_sight(path, len(path), window), own]), window)
             else:
                 yield from self._cut(segment, path, window)
 
-    def _cut(self, segment: Segment, path: torch.Tensor, window: int | None) -> Iterator[Part]:
+    def _cut(self, segment: Segment, path: Ids, window: int | None) -> Iterator[Part]:
         """Cut a segment and the first of what follows it, and so on, into parts; then the other branches."""
         stretch = [segment]
         while stretch[-1].branches:
             stretch.append(stretch[-1].branches[0])
-        first, row = len(path), torch.cat([path, torch.arange(segment.start, stretch[-1].stop)])
+        first, row = len(path), np.concatenate([path, np.arange(segment.start, stretch[-1].stop)])
         for start in range(first, len(row), QUERIES):
             queries = row[start : start + QUERIES]
             yield self._part(queries, _in_sight(row[: start + QUERIES], start, window), window)
         for each in stretch:
             yield from self._parts(each.branches[1:], row[: first + each.stop - segment.start], window)
 
-    def _part(self, queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> Part:
+    def _part(self, queries: Ids, keys: Ids, window: int | None) -> Part:
         return Part(queries, keys, self._sight.seen(queries[:, None], keys[None], window))
 
 
-def _in_sight(row: torch.Tensor, first: int, window: int | None) -> torch.Tensor:
+def _in_sight(row: Ids, first: int, window: int | None) -> Ids:
     """Return what of a row's places the token at position `first`, or one after it, may see."""
     return row if window is None else row[max(0, first - window + 1) :]
 

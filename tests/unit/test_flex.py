@@ -21,7 +21,7 @@ def test_the_mask_lets_through_what_the_blocks_compute(row: PackedRow, window: i
     total = len(row.ids)
     device = torch.device("cpu")
     place = torch.arange(total)
-    sees = flex.block_mask(Sight.of(row.segments), window).mask_mod(None, None, place[:, None], place[None])
+    sees = flex.block_mask(Sight.of(row.segments).to(device), window).mask_mod(None, None, place[:, None], place[None])
     computed = torch.zeros(total, total, dtype=torch.bool)
     for block in Layout(row.segments, device).blocks(window):
         shape = (*block.queries.shape, block.keys.shape[1])
