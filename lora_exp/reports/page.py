@@ -56,7 +56,7 @@ def page_facts(folder: Path) -> dict[str, Any]:
     """Return what the template shows."""
     results = read_results(folder)
     run, config = results.run, _text(folder / "config.yaml")
-    choices = run.get("choices") or {}
+    choices = {group: option for group, option in (run.get("choices") or {}).items() if option is not None}
     headline = run.get("headline") or {"loss": "loss"}
     splits = _json(folder / "data_report.json")
     return {

@@ -146,7 +146,7 @@ def asked(board: Leaderboard) -> list[tuple[str, str]]:
         facts.append(("objective", f"{board.objective_name}: {better}"))
     for group in dict.fromkeys(group for trial in trials for group in trial.run.get("choices") or {}):
         options = _values((trial.run.get("choices") or {}).get(group) for trial in trials)
-        if len(options) == 1 and group != "tracker":
+        if len(options) == 1 and group != "tracker" and options != [setting(None)]:
             facts.append((group, options[0]))
     if any(trial.run.get("trust_remote_code") for trial in trials):
         facts.append(("code", REMOTE_CODE))

@@ -42,6 +42,7 @@ RUN = {
         "quant": "8bit",
         "lora": "dora",
         "trainer": "gpu_bf16",
+        "experiment": None,
     },
     "versions": {
         "python": "3.11.7",
@@ -184,6 +185,7 @@ def test_the_page_shows_the_run(html: str) -> None:
         "beta: 0.1",
     ):
         assert shown in text
+    assert "experiment" not in text, "none was chosen"
 
 
 def test_each_headline_metric_has_one_chart_of_both_series(html: str) -> None:
