@@ -21,8 +21,6 @@ def preload() -> None:
     from lora_exp.quiet import quiet_libraries
 
     quiet_libraries()
-    import datasets  # noqa: F401
-
     import lora_exp.__main__
     import lora_exp.engine.training
     import lora_exp.run  # noqa: F401

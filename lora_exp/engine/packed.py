@@ -49,7 +49,7 @@ class Packed(Engine):
         return choose_tokens(self.tokens_per_microbatch, self.name, checkpointing, forecast)
 
     def shares(self, drops: bool) -> bool:
-        """Return whether examples share it."""
+        """Return whether examples of a flat row share their common start."""
         return self.share_under_dropout or not drops
 
     def trainer_class(self, trainer: type[Any]) -> type[Any]:
@@ -65,7 +65,7 @@ class Packed(Engine):
         weighted = getattr(trainer, "use_weighting", False)
         trainer.packed_forward = PackedForward(work.policy.model.get_base_model(), weighted)
         trainer.tokens_per_microbatch = self.tokens_per_microbatch
-        trainer.share_under_dropout = self.share_under_dropout
+        trainer.shares = self.shares
         trainer.rows_per_example = len(work.recipe.row_kind.answers)
         trainer.whole_batches = work.recipe.compares_examples
 

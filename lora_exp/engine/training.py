@@ -8,7 +8,7 @@ cuts it, and the micro-batches cut across those batches as the memory likes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,14 +28,14 @@ class PackedTraining:
     Attributes:
         packed_forward: Scores a flat row.
         tokens_per_microbatch: Tokens of a flat row; a longer example has one to itself.
-        share_under_dropout: Whether examples share what they have in common from their start where it drops something.
+        shares: Whether examples share what they have in common from their start, told whether some of it is dropped.
         rows_per_example: Rows of a padded batch that an example makes.
         whole_batches: Whether the loss compares the examples of a batch, so that one micro-batch must hold it whole.
     """
 
     packed_forward: PackedForward
     tokens_per_microbatch: int
-    share_under_dropout: bool
+    shares: Callable[[bool], bool]
     rows_per_example: int
     whole_batches: bool
 
@@ -149,7 +149,7 @@ class Plan:
             cut.append(families(rows, trainer.rows_per_example))
             labels.append(marks)
             first += len(rows)
-        across = trainer.share_under_dropout or not drops(trainer.model)
+        across = trainer.shares(drops(trainer.model))
         return cls(cut, labels, trainer.tokens_per_microbatch, trainer.whole_batches, across)
 
     def __iter__(self) -> Iterator[tuple[PackedRow, list[int]]]:
