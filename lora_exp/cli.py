@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.errors import Problem, UserError
+from lora_exp.process.ranks import require_one_process
 from lora_exp.search.pruning import SearchTrial
 from lora_exp.sweeps.names import key_of, trial_name
 from lora_exp.sweeps.summary_run import group_of
@@ -40,6 +41,7 @@ def prepare(argv: list[str]) -> tuple[list[str], Path | None]:
     arguments, unknown = get_args_parser().parse_known_args(argv)
     if unknown or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion:
         return argv, None
+    require_one_process()
     sweep = None
     resumed = resumed_overrides(arguments.overrides)
     flags: list[str] = []

@@ -26,7 +26,7 @@ from lora_exp.library_fields import library_fields, nearest
 from lora_exp.rules import flatten
 from lora_exp.secrets.refusal import hydra_problems
 from lora_exp.sweeps.plan import SweepSettings, parsed_where_possible
-from lora_exp.validation import check, library_class_of, option_keys, options_with
+from lora_exp.validation import check, not_taken, option_keys, options_with, section_of
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError, YAMLError)
 """What Hydra raises for overrides that do not fit; ValueError for `quant=8`, an option that is no string; YAMLError for
@@ -249,6 +249,9 @@ class Composer:
         if key in keys:
             return None
         group, _, name = key.partition(".")
+        section = section_of(group, keys)
+        if section is not None and name in section.set_elsewhere:
+            return not_taken(key, section.set_elsewhere[name])
         elsewhere = options_with(group, name)
         if elsewhere:
             what = f"there is no such key here; it belongs to {' and '.join(elsewhere)}"
@@ -286,7 +289,8 @@ def _suggestion(key: str, keys: dict[str, Any]) -> str:
     near = nearest(name, siblings)
     if near:
         return f"did you mean {siblings[near]}?"
-    library_class = library_class_of(group, keys)
+    section = section_of(group, keys)
+    library_class = section.library_class if section is not None else None
     if library_class is not None:
         fields = library_fields(library_class)
         near = name if name in fields else nearest(name, fields)

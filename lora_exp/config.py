@@ -83,30 +83,26 @@ class QuantConfig(Section):
 
     model_config = ConfigDict(extra="allow")
     library_class = "transformers.BitsAndBytesConfig"
+    set_elsewhere = {
+        "llm_int8_threshold": "nothing: 8-bit weights are multiplied in the compute dtype, since a row's numbers would "
+        "depend on the rows beside it if columns with outliers were taken apart",
+        "llm_int8_has_fp16_weight": "nothing: the base is frozen, and its weights stay in 8 bits",
+    }
     target: str | None = Field(None, alias="_target_")
     load_in_8bit: bool = False
     load_in_4bit: bool = False
-    llm_int8_threshold: float = Field(6.0, ge=0)
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     bnb_4bit_use_double_quant: bool = False
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
-    unused = (
+    unused = tuple(
         Rule(
-            ("quant.llm_int8_threshold", "quant.load_in_8bit"),
+            (f"quant.{key}", "quant.load_in_4bit"),
             lambda _, used: used is not True,
-            "only an 8-bit base uses it",
-            "quant=8bit",
-        ),
-        *(
-            Rule(
-                (f"quant.{key}", "quant.load_in_4bit"),
-                lambda _, used: used is not True,
-                "only a 4-bit base uses it",
-                "quant=4bit",
-            )
-            for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
-        ),
+            "only a 4-bit base uses it",
+            "quant=4bit",
+        )
+        for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
     )
 
 
@@ -362,6 +358,12 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps|xpu", name):
+        raise ValueError("auto, cpu, cuda, cuda:1, mps or xpu")
+    return name
+
+
 class SweepConfig(Section):
     """What holds for a multirun as a whole."""
 
@@ -392,6 +394,7 @@ class Config(Section):
     sweep: SweepConfig
     samples: SamplesConfig
     seed: int = Field(ge=0)
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     deterministic: bool = False
     objective: str | Annotated[list[str], Field(min_length=1)] | None
     direction: Way | list[Way] | None
@@ -400,6 +403,18 @@ class Config(Section):
     dry_run: bool = False
 
     rules = (
+        Rule(
+            ("device", "trainer.use_cpu"),
+            lambda device, cpu: cpu is True and device not in ("auto", "cpu"),
+            "is {0}, and trainer.use_cpu=true takes the CPU",
+            "trainer.use_cpu=false, or device=cpu",
+        ),
+        Rule(
+            ("device", "trainer.fp16"),
+            lambda device, fp16: device == "cpu" and fp16 is True,
+            "fp16 training needs a GPU",
+            "trainer.fp16=false trainer.bf16=auto",
+        ),
         Rule(
             ("trainer.eval_strategy", *EVAL_SOURCES),
             lambda strategy, *sources: strategy in ("steps", "epoch") and _trains_only(*sources),

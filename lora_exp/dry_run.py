@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lora_exp.preflight.memory import Memory, Way
     from lora_exp.preflight.report import Line
     from lora_exp.preflight.schedule import Schedule
+    from lora_exp.process.device import Device
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Job:
 class Preview:
     """What is known of a run before it starts."""
 
+    device: Device
     data: TokenizedData
     schedule: Schedule
     memory: Memory
@@ -86,6 +88,7 @@ def _one(job: Job, choices: Mapping[str, str]) -> int:
         console.note(str(finding))
     trainer = config.trainer
     show_schedule(preview.schedule, trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps)
+    console.say("device", preview.device.line)
     console.say("engine", _engine_line(config, preview))
     console.say("precision", f"{preview.memory.precision.dtype}: {preview.memory.precision.reason}")
     show_time(preview.duration)
@@ -102,9 +105,11 @@ def _many(jobs: Sequence[Job]) -> int:
     previews = [_preview_or_error(job.config) for job in jobs]
     from lora_exp.preflight.place import place_without_libraries
     from lora_exp.preflight.report import show_lines
+    from lora_exp.process.device import choose_device
 
     found = [_line(job, preview) for job, preview in zip(jobs, previews, strict=True)]
-    show_lines([line for line, _ in found], list(jobs[0].axes), place_without_libraries(jobs[0].config))
+    device = choose_device(jobs[0].config.device, jobs[0].config.trainer.use_cpu)
+    show_lines([line for line, _ in found], list(jobs[0].axes), place_without_libraries(device.torch))
     told = {str(error): (job.name, error) for job, (_, errors) in zip(jobs, found, strict=True) for error in errors}
     for name, error in told.values():  # an error that several trials share once
         print_user_error(UserError(f"{name}: {error.title}", error.problems))
@@ -149,7 +154,9 @@ def _preview(config: Config) -> Preview:
         from lora_exp.preflight.place import place_without_libraries, way_of
         from lora_exp.preflight.schedule import schedule
         from lora_exp.preflight.twin import read_structure
+        from lora_exp.process.device import choose_device
 
+        device = choose_device(config.device, config.trainer.use_cpu)
         recipe, tokenizer = config.recipe, load_tokenizer(config.model, files)
         use_template(tokenizer, config.data.chat_template_path)
         cache = data_cache(config.data.cache_size)
@@ -158,10 +165,11 @@ def _preview(config: Config) -> Preview:
         data.require_rows()
         plan = schedule(config.trainer, len(data.datasets["train"]), "val" in data.datasets)
         lengths = {split: report.lengths for split, report in data.reports.items()}
-        memory = Memory(config, read_structure(config, files), start, place_without_libraries(config), lengths)
+        place = place_without_libraries(device.torch)
+        memory = Memory(config, read_structure(config, files), start, place, lengths)
         way = way_of(config, memory)
         found = duration(config, memory, way, plan.evaluations)
-        return Preview(data, plan, memory, way, memory.estimate(way), found)
+        return Preview(device, data, plan, memory, way, memory.estimate(way), found)
 
 
 def _read(data: DataConfig, kind: RowKind) -> dict[str, Split]:

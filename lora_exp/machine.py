@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from lora_exp.allocator import allocator_name, collect
 from lora_exp.errors import Problem, UserError, count
+from lora_exp.process.device import own_memory
 
 KERNELS = 384
 """Compiled products that are kept. The layers of a model repeat those of a micro-batch, which must all find room: up to
@@ -29,12 +30,10 @@ PROC = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def reset_peak_memory() -> None:
+def reset_peak_memory(device: Any) -> None:
     """Start the peak counters anew, so that a job of a multirun reports its own peak."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if own := own_memory(device):
+        own.reset_peak_memory_stats(device)
     try:
         # Linux: 5 resets the high-water mark of resident memory (man 5 proc, clear_refs).
         (PROC / "clear_refs").write_text("5", encoding="ascii")
@@ -44,10 +43,8 @@ def reset_peak_memory() -> None:
 
 def peak_memory_bytes(device: Any) -> int:
     """Return the most memory that was in use since `reset_peak_memory`: the GPU's, or this process's."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if own := own_memory(device):
+        return int(own.max_memory_allocated(device))
     try:
         status = (PROC / "status").read_text(encoding="ascii")
     except OSError:
@@ -69,10 +66,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory_bytes(device: Any) -> int:
     """Return what the device, or this process's container, has left."""
     import psutil
-    import torch
 
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if own := own_memory(device):
+        return int(own.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)
     limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
     if limit is None or used is None:
@@ -166,7 +162,7 @@ def release_memory() -> None:
     if "torch" in sys.modules:
         import torch
 
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 
@@ -174,7 +170,8 @@ def device_facts(device: Any) -> dict[str, Any]:
     """Return what `run.json` says of the device."""
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    own = own_memory(device)
+    name = own.get_device_name(device) if own else _processor()
     return {"type": device.type, "name": name, "threads": torch.get_num_threads(), "allocator": allocator_name()}
 
 

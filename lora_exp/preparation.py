@@ -43,7 +43,9 @@ class Prepared:
     identity: Identity | None
 
 
-def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split], start: Path | None) -> Prepared:
+def prepare_training(
+    config: Config, folder: RunFolder, splits: dict[str, Split], start: Path | None, device: Any
+) -> Prepared:
     """Tokenize the rows, load the model with its adapter and settle how it is computed.
 
     Args:
@@ -51,6 +53,7 @@ def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split]
         folder: Where its reports go.
         splits: The rows.
         start: The adapter to go on from; None for a new one.
+        device: The torch device that it trains on.
     """
     from lora_exp.preflight.fit import require_fit
     from lora_exp.preflight.place import memory_of_this_process
@@ -60,11 +63,11 @@ def prepare_training(config: Config, folder: RunFolder, splits: dict[str, Split]
         with folder.stage("data"):
             data = tokenize(config, folder, splits, files)
         with folder.stage("model"):
-            memory, way = memory_of_this_process(config, data.reports, files, start)
+            memory, way = memory_of_this_process(config, data.reports, files, start, device)
             folder.note(estimated_memory_bytes=memory.estimate(way).total)
             if not config.trainer.auto_find_batch_size:  # which finds by trying what fits
                 require_fit(memory, way)
-            policy = _load(config, files, start, folder)
+            policy = _load(config, files, start, folder, device)
             engine, work = choose_engine(config, folder, policy, data, memory)
             identity = _reference_identity(config, engine, policy, files)
     return Prepared(data, policy, engine, work, identity)
@@ -101,10 +104,10 @@ def tokenize(config: Config, folder: RunFolder, splits: dict[str, Split], files:
     return data
 
 
-def _load(config: Config, files: str, start: Path | None, folder: RunFolder) -> Policy:
+def _load(config: Config, files: str, start: Path | None, folder: RunFolder, device: Any) -> Policy:
     from lora_exp.models.policy import load_policy
 
-    policy = load_policy(config, files, start, folder.checkpoints)
+    policy = load_policy(config, files, start, folder.checkpoints, device)
     return_freed_memory()  # what reading the files left behind, in parts of the heap that training would not use again
     console.say("precision", f"{policy.precision.dtype}: {policy.precision.reason}")
     share = policy.trainable_parameters / policy.total_parameters

@@ -29,6 +29,8 @@ from lora_exp.machine import (
     use_threads,
 )
 from lora_exp.models.source import adapter_dir
+from lora_exp.process.device import choose_device
+from lora_exp.process.ranks import require_one_process
 from lora_exp.preparation import Prepared, build_trainer, keeps_reference, open_store, prepare_training
 from lora_exp.provenance import adapter_facts, data_facts
 from lora_exp.quiet import quiet_libraries
@@ -84,6 +86,7 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
     Raises:
         UserError: What the user can mend: config, data, model, folder.
     """
+    require_one_process()
     config = validate(composed)
     composed.output_dir = str(launch.folder)
     written = masked_config(composed)
@@ -210,12 +213,14 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
     keep_freed_memory()
     bound_kernel_caches()
     with folder.stage("model"):
+        device = choose_device(config.device, config.trainer.use_cpu)
         load_libraries()
+    console.say("device", device.line)
     console.say("machine", use_threads(config.engine.num_threads))
     if config.deterministic:
         console.say("bits", ask_for_determinism(config.seed))
-    reset_peak_memory()
-    prepared = prepare_training(config, folder, splits, attempt.start)
+    reset_peak_memory(device.torch)
+    prepared = prepare_training(config, folder, splits, attempt.start, device.torch)
     memory.engine, memory.work = prepared.engine, prepared.work
     policy = prepared.policy
     folder.note(

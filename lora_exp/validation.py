@@ -199,7 +199,7 @@ def _unknown_to_library(group: str, section: Section | None) -> list[Problem]:
     problems: list[Problem] = []
     for key in extra:
         if key in section.set_elsewhere:
-            problems.append(Problem(f"{group}.{key}", "is set elsewhere", f"use {section.set_elsewhere[key]}"))
+            problems.append(not_taken(f"{group}.{key}", section.set_elsewhere[key]))
         elif key not in fields and (elsewhere := options_with(group, key)):
             what = f"there is no such key here; it belongs to {' and '.join(elsewhere)}"
             problems.append(Problem(f"{group}.{key}", what, f"add {elsewhere[0]}"))
@@ -208,6 +208,14 @@ def _unknown_to_library(group: str, section: Section | None) -> list[Problem]:
             mend = f"did you mean {group}.{near}?" if near else ""
             problems.append(Problem(f"{group}.{key}", f"{section.library_class} has no such field", mend))
     return problems
+
+
+def not_taken(key: str, instead: str) -> Problem:
+    """Say of a key what `Section.set_elsewhere` has in its place."""
+    kind, _, reason = instead.partition(": ")
+    if kind == "nothing":
+        return Problem(key, f"is not taken: {reason}", "leave it out")
+    return Problem(key, "is set elsewhere", f"use {instead}")
 
 
 def options_with(group: str, name: str) -> list[str]:
@@ -226,10 +234,10 @@ def _keys_of(file: Path) -> list[str]:
     return [str(key) for key in loaded] if isinstance(loaded, DictConfig) else []
 
 
-def library_class_of(group: str, values: Mapping[str, Any]) -> str | None:
-    """Return the library class that takes a group's unlisted keys, for `values` as `flatten` gives them."""
+def section_of(group: str, values: Mapping[str, Any]) -> type[Section] | None:
+    """Return the class of a group's keys, for `values` as `flatten` gives them; None for what is no group."""
     field = Config.model_fields.get(group)
-    section = field.annotation if field is not None else None
+    section: Any = field.annotation if field is not None else None
     if section is Any:
         section = _named_class(values.get(group), group, [])
-    return getattr(section, "library_class", None)
+    return section if isinstance(section, type) and issubclass(section, Section) else None

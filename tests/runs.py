@@ -53,6 +53,13 @@ def config_of(folder: Path) -> Any:
     return validate(loaded)
 
 
+def device_of(config: Any) -> Any:
+    """Return the torch device that a run of this config trains on."""
+    from lora_exp.process.device import choose_device
+
+    return choose_device(config.device, config.trainer.use_cpu).torch
+
+
 def load_policy(folder: Path, adapter: str | None = None) -> tuple[Any, Any]:
     """Return policy and tokenizer of a run folder's config, starting from `adapter`."""
     from lora_exp.models import policy as room
@@ -61,7 +68,7 @@ def load_policy(folder: Path, adapter: str | None = None) -> tuple[Any, Any]:
     config = config_of(folder)
     config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": adapter})})
     with model_files(config.model) as files:
-        policy = room.load_policy(config, files, adapter_dir(config.model), folder)
+        policy = room.load_policy(config, files, adapter_dir(config.model), folder, device_of(config))
         return policy, room.load_tokenizer(config.model, files)
 
 
@@ -92,5 +99,5 @@ def build_trainer(folder: Path, overrides: list[str]) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     run_folder = RunFolder(folder)
     splits = load_splits(config.data, config.recipe.row_kind)
-    prepared = preparation.prepare_training(config, run_folder, splits, adapter_dir(config.model))
+    prepared = preparation.prepare_training(config, run_folder, splits, adapter_dir(config.model), device_of(config))
     return preparation.build_trainer(config, run_folder, prepared, Guarded(None, "none"))

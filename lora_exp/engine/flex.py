@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_exp.process.device import computes_bf16
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -19,9 +21,12 @@ if TYPE_CHECKING:
 def suits(query: torch.Tensor) -> bool:
     """Whether the kernel computes queries like these: half precision on CUDA, where Triton is there to compile it.
 
-    In float32 its products would be of fewer bits than a matrix product's, and float64 it does not know.
+    In float32 it multiplies in fewer bits than a matmul does, and it does not know float64. GPUs before Ampere have no
+    kernel, and what torch compiles in its place has no backward pass.
     """
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if not computes_bf16(query.device):
         return False
     from torch.utils._triton import has_triton
 

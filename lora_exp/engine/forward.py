@@ -18,7 +18,6 @@ from lora_exp.engine.layout import Layout
 from lora_exp.engine.norms import fusable_norms, fused_norms
 from lora_exp.engine.packing import PackedRow, Row
 from lora_exp.engine.peft import fused_lora
-from lora_exp.models.bitsandbytes import computing_as_in_training
 
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -42,7 +41,7 @@ class PackedForward:
         """Return the last hidden states of a flat row [T, hidden]."""
         device = self.base.device
         length, padding = len(row.ids), self._padding(len(row.ids))
-        with self._fused(), computing_as_in_training(self.base):
+        with self._fused():
             output = self.base.base_model(
                 input_ids=torch.from_numpy(np.pad(row.ids, (0, padding)))[None].to(device),
                 position_ids=torch.from_numpy(np.pad(row.positions, (0, padding)))[None].to(device),

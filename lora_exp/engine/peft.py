@@ -69,7 +69,9 @@ def _is_plain(layer: Any, name: str) -> bool:
 class _Fused(LoraVariant):  # type: ignore[misc]
     @staticmethod
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
-        dtype = _number_format(module, active_adapter, x)
+        dtype = _compute_dtype(module, active_adapter, x)
+        if result.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            return _added_in_its_dtype(module, active_adapter, x.to(dtype), result)
         x, dropped, kept = _drop(module.lora_dropout[active_adapter], x.to(dtype))
         return _with_adapter(module, active_adapter, result.to(dtype), x, dropped, kept)
 
@@ -77,9 +79,9 @@ class _Fused(LoraVariant):  # type: ignore[misc]
 def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Compute base and adapter of a layer."""
     (name,) = layer.active_adapters
-    dtype = _number_format(layer, name, x)
-    one_format = x.dtype == dtype and frozen.computes_in(layer.base_layer, dtype)
-    if not one_format and not torch.is_autocast_enabled(x.device.type):
+    dtype = _compute_dtype(layer, name, x)
+    one_dtype = x.dtype == dtype and frozen.computes_in(layer.base_layer, dtype)
+    if not one_dtype and not torch.is_autocast_enabled(x.device.type):
         mixed: torch.Tensor = type(layer).forward(layer, x)
         return mixed
     x = x.to(dtype)
@@ -89,7 +91,17 @@ def _adapted(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return _with_adapter(layer, name, None, x, dropped, kept)
 
 
-def _number_format(layer: Any, name: str, x: torch.Tensor) -> torch.dtype:
+def _added_in_its_dtype(layer: Any, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Return what PEFT does where an adapter has another dtype than its base's result, which keeps its own.
+
+    On a quantised base TRL has the adapter in bf16, whatever the base computes in.
+    """
+    added = layer.lora_B[name](layer.lora_A[name](layer.lora_dropout[name](x))) * layer.scaling[name]
+    summed: torch.Tensor = result + added.to(result.dtype)
+    return summed
+
+
+def _compute_dtype(layer: Any, name: str, x: torch.Tensor) -> torch.dtype:
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

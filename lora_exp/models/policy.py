@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from lora_exp.config import Config, LoraConfig, ModelConfig, QuantConfig
 from lora_exp.errors import Problem, UserError
-from lora_exp.models.bitsandbytes import keep_differentiable
-from lora_exp.models.precision import Precision, choose_device, choose_precision
+from lora_exp.models.precision import Precision, choose_precision
 from lora_exp.models.shared import SHARED_BASE, base_key, checksum
 from lora_exp.models.targets import choose_targets, linear_layers, uses_conv1d
 from lora_exp.training.integrity import staged
@@ -23,6 +24,9 @@ Reference = Literal["adapter off", "start adapter"]
 
 WRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of `lora.init_lora_weights` with which PEFT 0.21 changes the base weights (`tuners/lora/layer.py`)."""
+
+RANDOM = ("attention_dropout", "attn_pdrop", "router_jitter_noise", "input_jitter_noise")
+"""Fields of a model's config by which layers other than `Dropout` compute at random in training."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,25 @@ class Policy:
         """The torch device that it is on."""
         return self.model.device
 
+    def starts_at_reference(self, model: Any) -> bool:
+        """Whether the policy computes what its reference does before the first step, dropping nothing at random.
 
-def load_policy(config: Config, files: str, start: Path | None, scratch: Path) -> Policy:
+        Args:
+            model: The `PeftModel` as the trainer has it: TRL may have switched dropout off.
+        """
+        lora = model.peft_config["default"]
+        if self.reference == "adapter off" and lora.init_lora_weights is False:
+            return False
+        config = model.get_base_model().config.get_text_config()
+        if any(getattr(config, name, None) for name in RANDOM):
+            return False
+        # A new adapter adds 0 whatever it drops of its input.
+        new = self.reference == "adapter off"
+        dropouts = (name for name, each in model.named_modules() if isinstance(each, torch.nn.Dropout) and each.p > 0)
+        return all(new and "lora_dropout" in name for name in dropouts)
+
+
+def load_policy(config: Config, files: str, start: Path | None, scratch: Path, device: Any) -> Policy:
     """Load the base and attach its adapter, drawn from the run's seed.
 
     Args:
@@ -68,10 +89,10 @@ def load_policy(config: Config, files: str, start: Path | None, scratch: Path) -
         files: What `from_pretrained` reads (from `model_files`).
         start: A trained adapter's folder (from `adapter_dir`), or None for a new one.
         scratch: Where an initial adapter is kept if saving will need it.
+        device: The torch device.
     """
     from transformers import set_seed
 
-    device = choose_device(config.trainer)
     precision = choose_precision(config.trainer, device)
 
     def load() -> Any:
@@ -147,8 +168,10 @@ def load_base(config: ModelConfig, quant: QuantConfig, precision: Precision, dev
         raise UserError("the model cannot be loaded", [_unreadable(config, error)]) from error
     base.name_or_path = base.config._name_or_path = config.pretrained_model_name_or_path
     base.config.use_cache = False
-    keep_differentiable(base)
     if quant.target is not None:
+        from lora_exp.models.bitsandbytes import multiply_in_compute_dtype
+
+        multiply_in_compute_dtype(base)
         _let_go_of_files(base)
     return base
 

@@ -1,4 +1,4 @@
-"""Which number format to train in, and why."""
+"""Which dtype to train in, and why."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lora_exp.config import TrainerConfig
 from lora_exp.errors import Problem, UserError
+from lora_exp.process.device import computes_bf16
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -29,15 +30,6 @@ class Precision:
         return self.dtype == "float16"
 
 
-def choose_device(trainer: TrainerConfig) -> Any:
-    """Return the torch device that Trainer will use."""
-    import torch
-
-    if trainer.use_cpu:
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
 def choose_precision(trainer: TrainerConfig, device: Any) -> Precision:
     """Return what `trainer.bf16` and `trainer.fp16` come to on this device.
 
@@ -52,22 +44,9 @@ def choose_precision(trainer: TrainerConfig, device: Any) -> Precision:
     if trainer.bf16 != "auto":
         dtype: DtypeName = "bfloat16" if trainer.bf16 else "float32"
         return Precision(dtype, f"trainer.bf16={str(trainer.bf16).lower()}")
-    if _computes_bf16(device):
-        return Precision("bfloat16", f"this {_kind(device)} computes in bf16")
-    return Precision("float32", f"this {_kind(device)} only emulates bf16")
-
-
-def _kind(device: Any) -> str:
-    return "processor" if device.type == "cpu" else "GPU"
-
-
-def _computes_bf16(device: Any) -> bool:
-    """Whether the hardware multiplies bf16 itself (torch also runs it, slower than fp32, where it does not)."""
-    import torch
-
+    kind = "CPU" if device.type == "cpu" else "GPU"
+    if computes_bf16(device):
+        return Precision("bfloat16", f"this {kind} computes in bf16")
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_tile", "bf16"))
-    return False
+        return Precision("float16", "this GPU only emulates bf16")
+    return Precision("float32", f"this {kind} only emulates bf16")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_exp.config import Config
 from lora_exp.data.tokenize import SplitReport
 from lora_exp.engine.settings import choose_checkpointing
 from lora_exp.libraries import load_libraries
 from lora_exp.machine import free_memory_bytes
-from lora_exp.models.precision import choose_device
 from lora_exp.preflight.calibration import keep_process_bytes, known_process_bytes
 from lora_exp.preflight.memory import Memory, Place, Way
 from lora_exp.preflight.twin import read_structure
+from lora_exp.process.device import own_memory
 from lora_exp.provenance import versions
 
 USUAL_PROCESS = 600 * 2**20
@@ -27,7 +28,7 @@ _process: list[int] = []
 
 
 def memory_of_this_process(
-    config: Config, reports: Mapping[str, SplitReport], files: str, start: Path | None
+    config: Config, reports: Mapping[str, SplitReport], files: str, start: Path | None, device: Any
 ) -> tuple[Memory, Way]:
     """Return the memory of a run that starts here, and how it will be computed.
 
@@ -36,21 +37,18 @@ def memory_of_this_process(
         reports: What became of its rows, by split.
         files: The model's folder or hub id (from `model_files`).
         start: The folder of the adapter to go on from, if any.
+        device: The torch device.
     """
     lengths = {split: report.lengths for split, report in reports.items()}
-    memory = Memory(config, read_structure(config, files), start, place_of_this_process(config), lengths)
+    memory = Memory(config, read_structure(config, files), start, place_of_this_process(device), lengths)
     return memory, way_of(config, memory)
 
 
-def place_of_this_process(config: Config) -> Place:
+def place_of_this_process(device: Any) -> Place:
     """Return where a run of this process trains, with all libraries loaded and no weights of its own yet."""
-    device = choose_device(config.trainer)
-    if device.type != "cpu":
-        import torch
-
-        torch.cuda.init()  # the context takes its part before it is asked what is free
-        held = int(torch.cuda.memory_reserved(device))
-        return Place(device, 0, free_memory_bytes(device) + held, free_memory_bytes(device))
+    if own := own_memory(device):
+        free = free_memory_bytes(device)
+        return Place(device, 0, free + int(own.memory_reserved(device)), free)
     load_libraries()
     resident = _resident()
     if not _process:
@@ -60,11 +58,10 @@ def place_of_this_process(config: Config) -> Place:
     return Place(device, _process[0] + FIRST_STEP, free + resident, free)
 
 
-def place_without_libraries(config: Config) -> Place:
+def place_without_libraries(device: Any) -> Place:
     """Return where a run would train that starts anew, as far as this machine knows it."""
-    device = choose_device(config.trainer)
     free = free_memory_bytes(device)
-    if device.type != "cpu":
+    if own_memory(device):
         return Place(device, 0, free, free)
     process = known_process_bytes(libraries()) or USUAL_PROCESS
     return Place(device, process + FIRST_STEP, free + _resident(), free)

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from lora_exp.models.bitsandbytes import computing_as_in_training
-
 ROWS = 8
 """Evaluation rows, the first ones, that the divergence is taken over: the same some hundred places in every trial.
 
@@ -34,7 +32,7 @@ def kl_per_token(
         Nats a token; None where there are no rows.
     """
     total, tokens = 0.0, 0
-    with torch.no_grad(), computing_as_in_training(model):
+    with torch.no_grad():
         for row in rows:
             policy = _log_probs(model, row)
             with reference():

@@ -163,12 +163,13 @@ class DPO(Recipe):
         from trl import DPOConfig
 
         from lora_exp.recipes.trl import TokenizedDPOTrainer
+        from lora_exp.training.arguments import on_one_device
         from lora_exp.training.reliable import reliable
 
         return reliable(engine.trainer_class(TokenizedDPOTrainer))(
             reference=policy.reference,
             model=policy.model,
-            args=DPOConfig(**arguments, **self.trl_fields),
+            args=on_one_device(DPOConfig(**arguments, **self.trl_fields), policy.device),
             train_dataset=datasets["train"],
             eval_dataset=datasets.get("val"),
             processing_class=tokenizer,

@@ -45,13 +45,14 @@ class SFT(Recipe):
         from trl import SFTConfig
 
         from lora_exp.recipes.trl import TokenizedSFTTrainer
+        from lora_exp.training.arguments import on_one_device
         from lora_exp.training.reliable import reliable
 
         args = SFTConfig(**arguments, **self.trl_fields, dataset_kwargs={"skip_prepare_dataset": True})
         labelled = {split: with_labels(dataset) for split, dataset in datasets.items()}
         return reliable(engine.trainer_class(TokenizedSFTTrainer))(
             model=policy.model,
-            args=args,
+            args=on_one_device(args, policy.device),
             train_dataset=labelled["train"],
             eval_dataset=labelled.get("val"),
             processing_class=tokenizer,

@@ -9,6 +9,24 @@ from lora_exp.config import Config
 from lora_exp.models.precision import Precision
 
 
+def on_one_device(args: Any, device: Any) -> Any:
+    """Have a Trainer use one device, and return its arguments. Read in transformers 5.23, `training_args.py`.
+
+    Trainer takes the first GPU, and wraps the model in `nn.DataParallel` where it counts several, which TRL refuses.
+
+    Args:
+        args: A `transformers.TrainingArguments`.
+        device: The torch device that the model is on.
+    """
+    args._n_gpu = min(args.n_gpu, 1)
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.set_device(device)
+        args.__dict__["_setup_devices"] = device  # behind `args.device`, a cached property
+    return args
+
+
 def training_arguments(config: Config, precision: Precision, checkpoints: Path, on_cpu: bool) -> dict[str, Any]:
     """Return keyword arguments for a TrainingArguments or a TRL config.
 
@@ -20,7 +38,7 @@ def training_arguments(config: Config, precision: Precision, checkpoints: Path, 
         config: The run.
         precision: What `bf16` and `fp16` came to.
         checkpoints: The folder of checkpoints.
-        on_cpu: Whether the processor trains: Trainer wants to be told so before it lets bf16 through.
+        on_cpu: Whether the CPU trains; Trainer accepts bf16 there only with `use_cpu`.
     """
     return {
         "dataloader_pin_memory": not on_cpu,

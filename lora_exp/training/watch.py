@@ -25,19 +25,25 @@ if TYPE_CHECKING:
 SHOWN = 20
 """Rows of a step that are named one by one."""
 
+SILENT = 3
+"""Optimiser steps without any gradient, from the first one on, after which a run stops."""
+
 SMALLER_STEPS = "lower trainer.learning_rate, raise trainer.warmup_steps, or train in fp32: trainer.bf16=false"
 
 
 class WatchedSteps:
-    """Mixed in before a TRL trainer that has `scored_labels(inputs)`.
+    """Mixed in before a TRL trainer that has `scored_labels(inputs)` and `difference_at_start()`.
 
     Attributes:
         zero_loss: Whether a loss of exactly 0 can be right.
+        starts_alike: Whether policy and reference compute the same before the first step.
         rows: Names the rows of a batch.
     """
 
     zero_loss: bool
+    starts_alike: bool
     rows: RowNames
+    _learned: bool = False
     _batches: Sequence[Any] = ()
     _losses: list[torch.Tensor]
 
@@ -58,8 +64,28 @@ class WatchedSteps:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
         loss = torch.stack(self._losses).sum().float()
         scored = torch.stack([(self.scored_labels(each)[:, 1:] != IGNORED).sum() for each in self._batches])  # type: ignore[attr-defined]
-        self._require_sense(*torch.stack([loss, _on(norm, loss), _on(scored.sum(), loss)]).tolist())
+        if self.state.global_step == 0 and self.starts_alike:  # type: ignore[attr-defined]
+            _require_no_difference(self.difference_at_start())  # type: ignore[attr-defined]
+        numbers = torch.stack([loss, _on(norm, loss), _on(scored.sum(), loss)]).tolist()
+        self._require_sense(*numbers)
+        self._require_gradient(numbers[1])
         return norm
+
+    def _require_gradient(self, norm: float) -> None:
+        """Check that some adapter weight has had a gradient in the first steps.
+
+        Raises:
+            UserError: If none has: the run would finish with the adapter that it started with.
+        """
+        state = self.state  # type: ignore[attr-defined]
+        self._learned = self._learned or norm != 0 or any(each.get("grad_norm") for each in state.log_history)
+        done = state.global_step + 1
+        if self._learned or done < min(SILENT, state.max_steps):
+            return
+        what = "no scored token depends on a weight that trains"
+        mend = "check lora.target_modules, and whether lora.alora_invocation_tokens occur in the prompts"
+        title = f"nothing is learned: every gradient was exactly 0 in {count(done, 'step')}; the run stops"
+        raise UserError(title, [Problem("lora", what, mend)])
 
     def _require_sense(self, loss: float, norm: float, scored: float) -> None:
         # fp16 scales the loss up until gradients overflow, and leaves such a step out.
@@ -79,6 +105,21 @@ class WatchedSteps:
         *problems, last = self.rows.of(self._batches) or [Problem("trainer", "its rows are not known")]
         problems.append(replace(last, mend=mend))
         raise UserError(f"step {step} cannot be learned from: {what}; the run stops before it", problems)
+
+
+def _require_no_difference(difference: str | None) -> None:
+    """Check that policy and reference start alike.
+
+    Raises:
+        UserError: If they do not: their difference is what DPO learns from.
+    """
+    if difference is None:
+        return
+    hint = "python -m lora_exp.store clear has the reference computed anew; engine=padded computes it in each step"
+    raise UserError(
+        "the policy and its reference do not start alike; the run stops before its first step",
+        [Problem("rewards", difference, hint)],
+    )
 
 
 def _on(value: Any, other: torch.Tensor) -> torch.Tensor:

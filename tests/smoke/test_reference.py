@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from lora_exp.models.bitsandbytes import computing_as_in_training
 from tests.runs import Finished, build_trainer
 
 SFT = ("recipe=sft", "trainer.max_steps=4", "trainer.learning_rate=1e-2", "samples.num_prompts=0")
@@ -35,11 +34,9 @@ def overrides_of(case: tuple[str, tuple[str, ...]], finished: Finished) -> list[
 
 
 def reference_logps(trainer: Any) -> torch.Tensor:
-    """Compute them as runs do, whatever mode what came before has left the model in."""
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
     trainer.model.eval()
-    with computing_as_in_training(trainer.model.get_base_model()):
-        return torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    return torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
 
 
 REWARDS = ("eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins")
