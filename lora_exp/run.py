@@ -221,6 +221,7 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
     policy = prepared.policy
     folder.note(
         device=device_facts(policy.device),
+        dtype=policy.precision.dtype,
         base=policy.base,
         trainable_parameters=policy.trainable_parameters,
         target_modules=policy.target_modules,
