@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m lora_exp
 DEMO   := outputs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo sweep-demo bench test test-faults test-slow unit smoke lint types format schema wheel clean
+.PHONY: help install install-dev demo sweep-demo bench test test-faults test-slow unit smoke lint types format schema support wheel clean
 
 help: ## list every target
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ format: $(VENV)/.dev ## let ruff mend what it can
 
 schema: $(VENV)/.dev ## write schema/*.json and the tables of SCHEMA.md from the models
 	$(BIN)/python -m lora_exp.data.schema
+
+support: $(VENV)/.dev ## write docs/SUPPORT.md, what trains where, from the tests' own table
+	$(BIN)/python -m tests.support --write
 
 wheel: $(VENV)/.dev ## build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,19 +140,28 @@ def _reference_identity(config: Config, engine: Engine, policy: Policy, files: s
 
 def _reference(config: Config, engine: Engine, trainer: Any, policy: Policy, identity: Identity) -> dict[str, Any]:
     """Give the trainer its reference and say where it came from."""
+    from lora_exp.engine.identity import rows_not_read
+
     with open_store(config) as store:
+        not_read = rows_not_read(identity, store.summary())
+        if not_read:
+            console.note(not_read)
         facts = engine.reference(trainer, store, identity)
-        if store.note:
-            console.note(store.note)
     console.say("reference", f"{facts['computed']:,} rows computed, {facts['reused']:,} read from {store.path}")
     return {"model": policy.reference, **facts}
 
 
-def open_store(config: Config) -> ReferenceStore:
-    """Open the store that `store.path` names, or the user's.
+@contextmanager
+def open_store(config: Config) -> Iterator[ReferenceStore]:
+    """Open the store that `store.path` names, or the user's, and print what became of a file that was no store.
 
     Raises:
         UserError: If it cannot be used.
     """
     path = Path(config.store.path) if config.store.path else default_path()
-    return ReferenceStore(path, config.store.max_size)
+    with ReferenceStore(path, config.store.max_size) as store:
+        try:
+            yield store
+        finally:  # damage may also show only when the rows are read
+            if store.note:
+                console.note(store.note)

@@ -206,7 +206,8 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
     trial = launch.folder.name if launch.sweep else None
     console.header(header_lines(config, launch.choices, [("folder", str(launch.folder))], trial))
     if keeps_reference(config, config.engine):
-        open_store(config).close()  # a place that cannot be written is told before anything is loaded
+        with open_store(config):
+            pass  # a place that cannot be written is told before anything is loaded
     with folder.stage("data"):
         splits = load_splits(config.data, config.recipe.row_kind)
         folder.note(data=data_facts(splits), start_adapter=adapter_facts(attempt.start))
@@ -225,6 +226,7 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
     policy = prepared.policy
     folder.note(
         device=device_facts(policy.device),
+        dtype=policy.precision.dtype,
         base=policy.base,
         trainable_parameters=policy.trainable_parameters,
         target_modules=policy.target_modules,

@@ -23,6 +23,8 @@ SHOWN = 20
 
 UNLIMITED = 10_000
 DESCRIBED = ("model", "quant", "dtype", "adapter", "engine")
+ALWAYS_SHOWN = "torch"
+"""The library whose version is shown of every model; of another one where models differ in it."""
 
 
 def list_models(store: ReferenceStore) -> int:
@@ -30,24 +32,35 @@ def list_models(store: ReferenceStore) -> int:
     models = store.summary()
     table = Table(box=SIMPLE_HEAD)
     table.add_column("identity", no_wrap=True)
-    for column in DESCRIBED:
+    for column in (*DESCRIBED, "versions"):
         table.add_column(column, overflow="fold")
     for column in ("rows", "size", "last used"):
         table.add_column(column, justify="right", no_wrap=True)
+    libraries = _shown_libraries(models)
     for model in models:
-        table.add_row(*(Text(cell) for cell in _cells(model)))
+        table.add_row(*(Text(cell) for cell in _cells(model, libraries)))
     if not console.is_terminal:  # a pipe is as wide as its lines
         console.width = UNLIMITED
     if models:
         console.print(table)
     _say(f"{_total(models)} in {store.path}")
+    without = [model for model in models if not model.versions]
+    if without:
+        note(f"no run reads {_total(without)}: an earlier lora_exp stored them without the versions of the libraries")
     return 0
 
 
-def _cells(model: StoredModel) -> list[str]:
+def _shown_libraries(models: list[StoredModel]) -> list[str]:
+    versions = [model.versions for model in models if model.versions]
+    names = dict.fromkeys(name for each in versions for name in each)
+    return [name for name in names if name == ALWAYS_SHOWN or len({str(each.get(name)) for each in versions}) > 1]
+
+
+def _cells(model: StoredModel, libraries: list[str]) -> list[str]:
     described = ["-" if model.description.get(key) is None else str(model.description[key]) for key in DESCRIBED]
+    versions = ", ".join(f"{name} {model.versions.get(name)}" for name in libraries) if model.versions else "-"
     last_used = f"{model.last_used.astimezone():%Y-%m-%d %H:%M}"
-    return [model.identity[:SHORT], *described, f"{model.rows:,}", human_size(model.bytes), last_used]
+    return [model.identity[:SHORT], *described, versions, f"{model.rows:,}", human_size(model.bytes), last_used]
 
 
 def _total(models: list[StoredModel]) -> str:

@@ -72,6 +72,12 @@ class StoredModel:
     bytes: int
     last_used: datetime
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """The libraries that computed the values; empty where an earlier lora_exp did not store them."""
+        found = self.description.get("versions")
+        return found if isinstance(found, dict) else {}
+
 
 class ReferenceStore:
     """The open store; use as a context.

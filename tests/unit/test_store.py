@@ -712,7 +712,7 @@ def test_the_command_line_lists_checks_and_clears(
     assert all(word in mine for word in (*ABOUT.values(), "1,200", "117.2 KiB", f"{time.localtime().tm_year}-"))
     other = next(line for line in out.splitlines() if OTHER[:12] in line)
     assert "[bold]another[/bold]" in other
-    assert other.split().count("-") == 4
+    assert other.split().count("-") == 5
     assert f"1,203 rows of 2 models, 117.5 KiB in {path}" in out
 
     assert command(monkeypatch, capsys, "check", "--path", path)[:2] == (0, "sound: 1,203 rows of 2 models\n")
