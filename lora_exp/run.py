@@ -29,9 +29,9 @@ from lora_exp.machine import (
     use_threads,
 )
 from lora_exp.models.source import adapter_dir
+from lora_exp.preparation import Prepared, build_trainer, keeps_reference, open_store, prepare_training
 from lora_exp.process.device import choose_device
 from lora_exp.process.ranks import require_one_process
-from lora_exp.preparation import Prepared, build_trainer, keeps_reference, open_store, prepare_training
 from lora_exp.provenance import adapter_facts, data_facts
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result

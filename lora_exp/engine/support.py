@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 """`config.layer_types` that see nothing but earlier tokens through attention."""
 
+
 def reason_against(work: Work) -> str | None:
     """Return why the packed computation would not be exact, or None.
 

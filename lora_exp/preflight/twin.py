@@ -154,7 +154,7 @@ def build_twin(config: Config, structure: Any, precision: Precision, start: Path
         policy = _adapted(base, config, start)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(policy, mode)
-    if quantised:
+    if quantised and precision.bf16:
         with mode:
             for parameter in policy.parameters():
                 if parameter.requires_grad:

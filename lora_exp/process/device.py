@@ -63,7 +63,9 @@ def choose_device(wanted: str, use_cpu: bool) -> Device:
     if wanted == "auto":
         return _best(built, found)
     if found is None or found.type != kind:
-        raise UserError(TITLE, [Problem("device", f"there is no {kind} device: {_why_cpu(built, found)}", "device=auto")])
+        raise UserError(
+            TITLE, [Problem("device", f"there is no {kind} device: {_why_cpu(built, found)}", "device=auto")]
+        )
     if kind != "cuda":
         return Device(torch.device(kind), f"device={wanted}")
     if failure := _cuda_failure():
@@ -134,7 +136,7 @@ def computes_bf16(device: Any) -> bool:
 
 
 def own_memory(device: Any) -> Any | None:
-    """Return the torch module that counts a device's own memory (`torch.cuda`, `torch.xpu`); None where it is the host's."""
+    """Return the torch module that counts a device's memory, such as `torch.cuda`; None where it uses the host's."""
     import torch
 
     return torch.get_device_module(device) if device.type in OWN_MEMORY else None

@@ -122,11 +122,11 @@ def test_a_likelihood_of_exactly_0_is_no_number_to_log(tmp_path: Path, tally: Ta
 
 
 def test_a_hinge_loss_of_0_is_right(tmp_path: Path) -> None:
-    """Every margin is beyond 1 there: nothing is left to learn from the batch, and nothing is wrong with it."""
-    trainer = trainer_of(tmp_path, "recipe=dpo", "recipe.loss_type=hinge", "trainer.max_steps=2")
-    spoil(trainer, 1, lambda loss: loss * 0)
+    """Every margin is beyond 1 from the second step on: nothing is left to learn, and nothing is wrong."""
+    trainer = trainer_of(tmp_path, "recipe=dpo", "recipe.loss_type=hinge", "trainer.max_steps=5")
+    spoil(trainer, 2, lambda loss: loss * 0)
     trainer.train()
-    assert trainer.state.global_step == 2
+    assert trainer.state.global_step == 5
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -166,3 +166,107 @@ def test_blank_lines_do_not_shift_the_lines_that_are_named(tmp_path: Path, recor
     file.write_text("\n{}\n\n\n{}\n{}")
     assert line_numbers(str(file)) == [2, 5, 6]
     assert line_numbers("some/dataset[train]") == []
+
+
+# A run that learns nothing, and one that does not start where it should.
+
+DPO = ["recipe=dpo", "recipe.max_length=512"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("steps", "seen"), [(1, 1), (2, 2), (5, 3)])
+def test_a_run_whose_gradients_are_all_0_ends(tmp_path: Path, engine: str, steps: int, seen: int) -> None:
+    trainer = trainer_of(tmp_path, *DPO, f"engine={engine}", f"trainer.max_steps={steps}")
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name and parameter.requires_grad:
+            parameter.register_hook(torch.zeros_like)
+    with pytest.raises(UserError, match=f"every gradient was exactly 0 in {seen} step") as caught:
+        trainer.train()
+    assert trainer.state.global_step == seen - 1
+    assert "lora.target_modules" in str(caught.value)
+
+
+def test_a_gradient_that_comes_late_is_one(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, *DPO, "trainer.max_steps=5")
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name and parameter.requires_grad:
+            parameter.register_hook(lambda grad: grad * (trainer.state.global_step == 2))
+    trainer.train()
+    assert trainer.state.global_step == 5
+
+
+def test_steps_without_a_gradient_after_others_are_no_fault(tmp_path: Path) -> None:
+    """Such as those of the hinge loss beyond its margin."""
+    trainer = trainer_of(tmp_path, *DPO, "trainer.max_steps=5")
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_" in name and parameter.requires_grad:
+            parameter.register_hook(lambda grad: grad * (trainer.state.global_step == 0))
+    trainer.train()
+    assert trainer.state.global_step == 5
+
+
+def test_an_activated_adapter_whose_tokens_never_occur_does_not_finish(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing is learned"):
+        run_in(tmp_path / "run", [*QUICK, "+lora.alora_invocation_tokens=[9999]", "trainer.max_steps=2"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def shift_reference(trainer: Any, by: float) -> None:
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        column = [value + by for value in trainer.train_dataset[name]]
+        trainer.train_dataset = trainer.train_dataset.remove_columns(name).add_column(name, column)
+
+
+STARTS = [
+    ("new adapter", []),
+    ("new adapter with dropout", ["recipe.disable_dropout=false", "lora.lora_dropout=0.1"]),
+    ("DoRA", ["lora=dora"]),
+    ("DoRA in bf16", ["lora=dora", "trainer.bf16=true"]),
+    ("PiSSA", ["lora=pissa"]),
+    ("8 bits", ["quant=8bit"]),
+    ("4 bits in bf16", ["quant=4bit", "trainer.bf16=true"]),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), STARTS, ids=[name for name, _ in STARTS])
+def test_a_policy_that_starts_at_its_reference_trains(tmp_path: Path, name: str, overrides: list[str]) -> None:
+    trainer = trainer_of(tmp_path, *DPO, "trainer.max_steps=1", *overrides)
+    assert trainer.starts_alike
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(("dtype", "by"), [("false", 0.05), ("true", 20.0)])
+def test_a_policy_that_does_not_start_at_its_reference_ends_the_run(tmp_path: Path, dtype: str, by: float) -> None:
+    trainer = trainer_of(tmp_path, *DPO, "trainer.max_steps=3", f"trainer.bf16={dtype}")
+    shift_reference(trainer, by)
+    with pytest.raises(UserError, match="do not start alike") as caught:
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert f"chosen {-0.1 * by:.2g}" in str(caught.value)
+    assert "store clear" in str(caught.value)
+
+
+def test_a_base_in_float32_that_is_rounded_to_bf16_is_noticed(tmp_path: Path) -> None:
+    """The size of fault that this check is for: one layer of the policy computes in fewer bits than the reference."""
+    trainer = trainer_of(tmp_path, *DPO, "trainer.max_steps=3", "quant=8bit")
+    layer = next(each for each in trainer.model.modules() if hasattr(each, "lora_A"))
+    layer.base_layer.register_forward_hook(lambda *given: given[2].bfloat16().to(given[2].dtype))
+    trainer.packed_forward.norms, trainer.packed_forward.mlps = [], []
+    with pytest.raises(UserError, match="do not start alike"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_adapter_that_starts_elsewhere_is_not_held_to_the_reference(tmp_path: Path, engine: str) -> None:
+    trainer = trainer_of(tmp_path, *DPO, f"engine={engine}", "lora.init_lora_weights=false", "trainer.max_steps=1")
+    assert not trainer.starts_alike
+    trainer.train()
+
+
+def test_a_model_that_drops_at_random_is_not_held_to_the_reference(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path, *DPO, "engine=padded", "trainer.max_steps=1", "+model.embedded.config.attention_dropout=0.2"
+    )
+    assert not trainer.starts_alike
+    trainer.train()

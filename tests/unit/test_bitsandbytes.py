@@ -1,4 +1,4 @@
-"""Quantised layers: the weight in 8 or 4 bits, multiplied in the compute dtype, the same in training and in evaluation."""
+"""Quantised layers: weights in 8 or 4 bits, multiplied in the compute dtype, in training as in evaluation."""
 
 from __future__ import annotations
 

@@ -1,0 +1,159 @@
+"""A quantised base means one thing: weights in 8 or 4 bits, multiplied in the compute dtype, by either engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_exp.recipes.trl import adapters_in_float32
+from tests.engines import (
+    ALL_AT_ONCE,
+    ENGINES,
+    FEW,
+    PAIR_AT_A_TIME,
+    SMALL,
+    Engines,
+    build_engines,
+    distance,
+    pairs,
+    told,
+    write_rows,
+)
+from tests.runs import build_trainer
+
+QUANTS = ("none", "8bit", "4bit")
+RECIPES = ("sft", "dpo")
+BUDGETS = (PAIR_AT_A_TIME, ALL_AT_ONCE)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[..., Engines]:
+    rows = write_rows(tmp_path / "rows", pairs())
+    store = f"store.path={tmp_path / 'reference.sqlite3'}"
+
+    def make(*overrides: str, disturbed: bool = True) -> Engines:
+        return build_engines(tmp_path, [*SMALL, *rows, store, *overrides], disturbed)
+
+    return make
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_float32_step_is_trls(build: Callable[..., Engines], recipe: str, quant: str) -> None:
+    engines = build(f"recipe={recipe}", f"quant={quant}")
+    padded = engines.padded_step()
+    for budget in BUDGETS:
+        packed = engines.packed_step(budget)
+        assert packed.loss == pytest.approx(padded.loss, rel=1e-6)
+        assert packed.metrics == pytest.approx(padded.metrics, rel=1e-5, abs=1e-5)
+        assert distance(packed.gradient, padded.gradient) < 1e-5
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ten_float32_steps_are_trls(tmp_path: Path, recipe: str, quant: str) -> None:
+    """Adam takes a whole step along a gradient that is 0 but for rounding; with this seed there is none."""
+    rows = write_rows(tmp_path / "rows", pairs(23))
+    steps = [
+        "trainer.max_steps=10",
+        "trainer.learning_rate=1e-2",
+        "trainer.logging_steps=1",
+        "trainer.eval_strategy=no",
+    ]
+    shared = [f"store.path={tmp_path / 'reference.sqlite3'}", "trainer.save_strategy=no", *SMALL, *rows, *steps]
+    losses = {}
+    for engine in ENGINES:
+        run = [*FEW, f"engine={engine}", f"recipe={recipe}", f"quant={quant}", "seed=1", *shared]
+        trainer = build_trainer(tmp_path / engine, run)
+        trainer.train()
+        losses[engine] = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+    assert len(losses["packed"]) == 10
+    assert losses["packed"][0] == pytest.approx(losses["padded"][0], rel=1e-6)
+    assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-4)
+
+
+def in_float64(trainer: Any) -> Any:
+    """Put float64 layers with the same dequantised weights in the place of the quantised ones, and widen the rest."""
+    from lora_exp.engine.frozen import weight
+
+    for layer in list(trainer.model.modules()):
+        base = getattr(layer, "base_layer", None)
+        if base is not None:
+            plain = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+            plain.weight = torch.nn.Parameter(weight(base, torch.float32).double(), requires_grad=False)
+            layer.base_layer = plain
+    trainer.model.double()
+    return trainer
+
+
+@pytest.mark.parametrize("quant", ["8bit", "4bit"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_bf16_gradient_is_as_near_to_the_true_one_as_trls(
+    build: Callable[..., Engines], recipe: str, quant: str
+) -> None:
+    run = (f"recipe={recipe}", f"quant={quant}")
+    rounded = build(*run, "trainer.bf16=true")
+    true = build(*run, "trainer.bf16=false", "model.dtype=bfloat16")
+    for name, exact in true.padded.model.named_parameters():
+        if exact.requires_grad:  # bf16 adapters, which float64 holds without loss
+            exact.data.copy_(rounded.padded.model.get_parameter(name).data)
+    if recipe == "dpo":
+        for each in (rounded.padded, rounded.packed, true.padded):
+            each.train_dataset, each.precompute_ref_logps = true.packed.train_dataset, True
+    reference = Engines(in_float64(true.padded), true.packed).padded_step().gradient
+    padded = distance(rounded.padded_step().gradient, reference)
+    for budget in BUDGETS:
+        assert distance(rounded.packed_step(budget).gradient, reference) < 1.5 * padded
+
+
+@pytest.mark.parametrize("quant", ["8bit", "4bit"])
+def test_an_evaluation_is_trls(build: Callable[..., Engines], quant: str) -> None:
+    engines = build("recipe=dpo", f"quant={quant}")
+    engines.share_reference()
+    expected, found = engines.padded.evaluate(), engines.packed.evaluate()
+    timed = ("time", "per_second")
+    names = [name for name in expected if name.startswith("eval_") and not any(word in name for word in timed)]
+    assert len(names) > 8
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize("quant", ["8bit", "4bit"])
+def test_dora_learns_on_a_quantised_base(tmp_path: Path, quant: str) -> None:
+    trainer = build_trainer(
+        tmp_path, ["recipe=dpo", "tracker=none", "trainer=cpu", f"quant={quant}", "lora=dora", "trainer.max_steps=2"]
+    )
+    assert trainer.train().training_loss > 0
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_adapters_are_float32_unless_a_run_computes_in_bf16(
+    build: Callable[..., Engines], quant: str, dtype: str
+) -> None:
+    """fp16 trains on GPUs alone, so its part is done by hand here, on a trainer that has bf16 adapters."""
+    trainer = build("recipe=dpo", f"quant={quant}", f"trainer.bf16={str(dtype != 'float32').lower()}").padded
+    if dtype == "float16":
+        adapters_in_float32(trainer.model)
+    trained = {each.dtype for each in trainer.model.parameters() if each.requires_grad}
+    assert trained == {torch.float32}
+    kept = {each.dtype for each in trainer.model.parameters() if not each.requires_grad}
+    assert (kept & {torch.int8, torch.uint8} != set()) == (quant != "none")
+
+
+@pytest.fixture
+def says() -> Iterator[dict[str, str]]:
+    with told() as lines:
+        yield lines
+
+
+def test_an_activated_adapter_is_left_to_trl(tmp_path: Path, says: dict[str, str]) -> None:
+    trainer = build_trainer(
+        tmp_path, ["recipe=sft", "tracker=none", "trainer=cpu", "+lora.alora_invocation_tokens=[5,6]"]
+    )
+    assert "padded (TRL's own forward): lora.alora_invocation_tokens" in says["engine"]
+    assert not hasattr(trainer, "packed_forward")
