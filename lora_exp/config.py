@@ -245,12 +245,6 @@ class TrainerConfig(Section):
             "give a positive number, or -1 to go by trainer.num_train_epochs",
         ),
         Rule(
-            ("trainer.use_cpu", "trainer.fp16"),
-            lambda cpu, fp16: cpu is True and fp16 is True,
-            "fp16 training needs a GPU",
-            "trainer.fp16=false trainer.bf16=auto",
-        ),
-        Rule(
             ("trainer.eval_strategy", "trainer.eval_steps"),
             lambda strategy, steps: strategy == "steps" and steps is None,
             "evaluation by steps without a number of steps",
@@ -410,8 +404,8 @@ class Config(Section):
             "trainer.use_cpu=false, or device=cpu",
         ),
         Rule(
-            ("device", "trainer.fp16"),
-            lambda device, fp16: device == "cpu" and fp16 is True,
+            ("trainer.fp16", "device", "trainer.use_cpu"),
+            lambda fp16, device, cpu: fp16 is True and (device == "cpu" or cpu is True),
             "fp16 training needs a GPU",
             "trainer.fp16=false trainer.bf16=auto",
         ),

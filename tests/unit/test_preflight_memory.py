@@ -64,7 +64,7 @@ def config(tiny: str) -> Callable[..., Config]:
 def real_policy(config: Config, tiny: str, folder: Path) -> Any:
     from lora_exp.models.policy import load_policy
 
-    return load_policy(config, tiny, None, folder)
+    return load_policy(config, tiny, None, folder, CPU)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what the system says of a process")
