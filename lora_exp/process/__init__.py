@@ -1,0 +1,1 @@
+"""The process that a run works in: its start, its threads."""
