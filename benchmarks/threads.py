@@ -37,6 +37,12 @@ NOTHING, OURS = "nothing set", "lora_exp"
 IDLE, TWO_RUNS = "idle", "two runs at once"
 NEIGHBOURS = {"one busy neighbour": 1, "two busy neighbours": 2}
 CONDITIONS = (IDLE, *NEIGHBOURS, TWO_RUNS)
+BUSY = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+while True:
+    pass
+"""
 
 ROWS = 64
 COMMON = (
@@ -144,8 +150,8 @@ def workers(chosen: Sequence[Setting], load: Load, scratch: Path, prefix: str) -
 
 @contextmanager
 def busy(number: int) -> Iterator[None]:
-    """Run other processes that compute all the time."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    """Run other processes that compute all the time, and end with this one, however that may be."""
+    others = [subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE) for _ in range(number)]  # noqa: S603
     try:
         yield
     finally:

@@ -20,7 +20,9 @@ from lora_exp.errors import count
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Of this process's control group (version 2): microseconds of CPU time, or `max`, and the period they are for."""
 
-SPINS = 10_000
+SPINS = 2_000
+"""Rounds of GNU OpenMP's loop. Fewer cost time on an idle machine, more beside busy processes."""
+
 BLOCK_TIME = 1
 """Milliseconds: the shortest time but 0, which is no spin at all, that every version of LLVM's OpenMP reads."""
 
