@@ -176,7 +176,7 @@ def write(table: Table, load: float) -> None:
     """Write the table as Markdown."""
     import platform
 
-    from lora_exp.machine import usable_cores
+    from lora_exp.process.threads import usable_cores
 
     cells = [list(column.cells) for column in table.columns]
     lines = [

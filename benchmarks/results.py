@@ -22,7 +22,6 @@ def write_results(table: Table, counts: dict[str, Any], arguments: argparse.Name
     """Write the table as Markdown."""
     facts = device_facts(device)
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
-    cells = [list(column.cells) for column in table.columns]
     lines = [
         "# Results",
         "",
@@ -36,12 +35,20 @@ def write_results(table: Table, counts: dict[str, Any], arguments: argparse.Name
         "steps, medians of the pairs, and the least and greatest ratio of a pair. "
         "`python -m benchmarks.compare --rows FOLDER --write`",
         "",
+        *markdown(table),
+    ]
+    _, heading, sweep = _parts()
+    RESULTS.write_text("\n".join(lines) + "\n" + heading + sweep, encoding="utf-8")
+
+
+def markdown(table: Table) -> list[str]:
+    """Return the lines of a table."""
+    cells = [list(column.cells) for column in table.columns]
+    return [
         "| " + " | ".join(str(column.header) for column in table.columns) + " |",
         "|" + "---|" * len(table.columns),
         *("| " + " | ".join(map(str, row)) + " |" for row in zip(*cells, strict=True)),
     ]
-    _, heading, sweep = _parts()
-    RESULTS.write_text("\n".join(lines) + "\n" + heading + sweep, encoding="utf-8")
 
 
 def append_sweep(line: str) -> None:

@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lora_exp.allocator import restart_with_mimalloc
+from lora_exp.process.start import start_process
 
 if __name__ == "__main__":
-    restart_with_mimalloc()  # as `python -m lora_exp` does
+    start_process()  # as `python -m lora_exp` does
 
 from benchmarks.case import parse
 from benchmarks.machine import head_parameters, parameters_multiplied

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from lora_exp.allocator import restart_with_mimalloc
+from lora_exp.process.start import start_process
 
 if __name__ == "__main__":
-    restart_with_mimalloc()  # before anything is imported that would have to be imported again
+    start_process()  # before anything is imported that would have to be imported again
 
 import hydra
 from omegaconf import DictConfig
@@ -48,7 +48,7 @@ def main() -> None:
 
 def script() -> None:
     """Do the same as the command `lora-exp`."""
-    restart_with_mimalloc()
+    start_process()
     main()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import resource
 import sys
@@ -11,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_exp.allocator import allocator_name, collect
-from lora_exp.errors import Problem, UserError, count
+from lora_exp.errors import Problem, UserError
 from lora_exp.process.device import own_memory
 
 KERNELS = 384
@@ -92,29 +91,6 @@ def _cgroup_file_cache() -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use: its affinity and its control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
-
-
-def use_threads(wanted: int | Literal["auto"]) -> str:
-    """Set torch's threads and return how many and why. OMP_NUM_THREADS, if set, stands for `auto`."""
-    import torch
-
-    if wanted != "auto":
-        torch.set_num_threads(wanted)
-        return f"{count(wanted, 'thread')}: engine.num_threads={wanted}"
-    if os.environ.get("OMP_NUM_THREADS"):
-        return f"{count(torch.get_num_threads(), 'thread')}: OMP_NUM_THREADS"
-    torch.set_num_threads(usable_cores())
-    return f"{count(torch.get_num_threads(), 'thread')}: the cores that this process may use"
 
 
 def keep_freed_memory() -> bool:

@@ -19,6 +19,8 @@ from omegaconf.errors import InterpolationResolutionError
 
 from lora_exp.config import CONF_DIR
 from lora_exp.errors import USER_ERROR_STATUS, Interrupted, Problem, UserError, print_user_error
+from lora_exp.process.start import start_process
+from lora_exp.process.threads import recorded_threads
 from lora_exp.provenance import data_file, git_state, sha256, versions
 from lora_exp.reports.console import say
 from lora_exp.reports.differences import Difference, input_differences, outcome, tell_inputs, tell_outcome
@@ -59,7 +61,8 @@ def reproduce(folder: Path, output: Path | None, anyway: bool) -> int:
             raise UserError(TITLE, [_changed(each.name, each.then, each.now) for each in changed])
         _keep_overrides(folder, beside)
 
-    _train(composed, beside, then, compare_loaded)
+    choices = {**(then.get("choices") or {}), "tracker": "none"}
+    _train(composed, beside, choices, recorded_threads(folder), compare_loaded)
     return _compare(folder, beside, found)
 
 
@@ -140,11 +143,10 @@ def _keep_overrides(folder: Path, beside: Path) -> None:
         shutil.copytree(folder / ".hydra", beside / ".hydra", dirs_exist_ok=True)
 
 
-def _train(composed: DictConfig, folder: Path, then: Mapping[str, Any], compare: Any) -> None:
+def _train(composed: DictConfig, folder: Path, choices: Mapping[str, str], threads: int | None, compare: Any) -> None:
     from lora_exp.run import Launch, run
 
-    choices = {**(then.get("choices") or {}), "tracker": "none"}
-    run(composed, Launch(folder, choices, before_training=compare))
+    run(composed, Launch(folder, choices, threads=threads, before_training=compare))
 
 
 def _compare(folder: Path, beside: Path, inputs: list[Difference]) -> int:
@@ -164,6 +166,7 @@ def _compare(folder: Path, beside: Path, inputs: list[Difference]) -> int:
 
 def main() -> None:
     """Read the command line."""
+    start_process()
     parser = argparse.ArgumentParser(prog="python -m lora_exp.reproduce", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="the folder of a finished run")
     parser.add_argument("--output", type=Path, help="where the second run goes (beside the first)")

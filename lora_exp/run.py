@@ -26,12 +26,12 @@ from lora_exp.machine import (
     release_memory,
     reset_peak_memory,
     told_if_nondeterministic,
-    use_threads,
 )
 from lora_exp.models.source import adapter_dir
 from lora_exp.preparation import Prepared, build_trainer, keeps_reference, open_store, prepare_training
 from lora_exp.process.device import choose_device
 from lora_exp.process.ranks import require_one_process
+from lora_exp.process.threads import recorded_threads, use_threads
 from lora_exp.provenance import adapter_facts, data_facts
 from lora_exp.quiet import quiet_libraries
 from lora_exp.report import show_result
@@ -65,6 +65,7 @@ class Launch:
         sweep: The name of the multirun that it is a job of.
         name: What it is called at a tracker.
         trial: Which trial of a search it is.
+        threads: The thread count of the run that is resumed or reproduced; `engine.num_threads` overrides it.
         before_training: Told what `run.json` says, once all that the run is made of is loaded; may raise.
     """
 
@@ -73,6 +74,7 @@ class Launch:
     sweep: str | None = None
     name: str = ""
     trial: SearchTrial | None = None
+    threads: int | None = None
     before_training: Callable[[Mapping[str, Any]], None] | None = None
 
 
@@ -102,6 +104,8 @@ def run(composed: DictConfig, launch: Launch) -> float | list[float] | None:
         # Looked up before the folder is claimed: a wrong folder name must not mark a finished run as failed.
         resume = str(launch.folder) if before else config.resume
         found = checkpoint_to_resume(resume, resolved, goes_on)
+        if resume:
+            launch = replace(launch, threads=recorded_threads(Path(resume)))
         start = adapter_dir(config.model)
         axes = _axes(resolved, launch)
         folder = RunFolder(launch.folder)
@@ -217,7 +221,7 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
         device = choose_device(config.device, config.trainer.use_cpu)
         load_libraries()
     console.say("device", device.line)
-    console.say("machine", use_threads(config.engine.num_threads))
+    console.say("machine", use_threads(config.engine.num_threads, launch.threads))
     if config.deterministic:
         console.say("bits", ask_for_determinism(config.seed))
     reset_peak_memory(device.torch)
@@ -280,6 +284,8 @@ def _facts(config: Config, launch: Launch) -> dict[str, Any]:
         "headline": config.recipe.headline,
         "trust_remote_code": config.model.trust_remote_code,
         "choices": dict(launch.choices),
+        # From the first moment on: a resume that ends before it trains must not lose the count.
+        **({"device": {"threads": launch.threads}} if launch.threads else {}),
     }
 
 

@@ -21,7 +21,7 @@ from lora_exp.data.jsonl import SHOWN
 from lora_exp.data.rows import RowDigest, Rows
 from lora_exp.data.sightings import Sightings
 from lora_exp.errors import Problem, UserError, count
-from lora_exp.machine import usable_cores
+from lora_exp.process.threads import usable_cores
 
 if TYPE_CHECKING:
     from lora_exp.data.kinds import RowKind

@@ -1,1 +1,1 @@
-"""This process and this machine."""
+"""This process and this machine: its start, its device, its threads."""

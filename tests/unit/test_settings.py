@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,33 +75,6 @@ def test_a_containers_limit_counts_as_free_memory(tmp_path: Path, monkeypatch: p
     assert machine.free_memory_bytes(torch.device("cpu")) == 0
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.free_memory_bytes(torch.device("cpu")) > 3_000_000
-
-
-@pytest.mark.parametrize(("quota", "cores"), [("max 100000", None), ("50000 100000", 1), ("100000 100000", 1)])
-def test_cores_are_those_of_affinity_and_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int | None
-) -> None:
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    assert machine.usable_cores() == (cores or len(os.sched_getaffinity(0)))
-
-
-@pytest.fixture
-def threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
-def test_threads_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine.use_threads(1) == "1 thread: engine.num_threads=1"
-    assert torch.get_num_threads() == 1
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert "OMP_NUM_THREADS" in machine.use_threads("auto")
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    machine.use_threads("auto")
-    assert torch.get_num_threads() == machine.usable_cores()
 
 
 def test_freed_memory_is_kept_and_given_back(tmp_path: Path) -> None:
