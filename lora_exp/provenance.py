@@ -88,9 +88,6 @@ def adapter_facts(start: Path | None) -> dict[str, Any] | None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in blocks: a gigabyte takes a second or two."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a file: a gigabyte takes a second or two."""
     with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -41,6 +41,7 @@ from lora_exp.reports.page import write_page
 from lora_exp.rules import flatten
 from lora_exp.run_folder import RunFolder, read_jsonl
 from lora_exp.run_lock import only_run
+from lora_exp.secrets.home import hide_unreadable_files
 from lora_exp.secrets.masking import masked_config
 from lora_exp.sweeps.earlier import earlier_trial
 from lora_exp.sweeps.identity import identity_of
@@ -162,6 +163,8 @@ class Attempt:
 
 def _run_within_memory(config: Config, attempt: Attempt) -> list[float] | None:
     """Run, and where memory runs out and `trainer.auto_find_batch_size` allows it, go on with less at a time."""
+    for line in hide_unreadable_files():
+        console.note(line)
     while True:
         for line in attempt.found.say():
             console.note(line)

@@ -62,7 +62,7 @@ class Cache:
     def find(self, key: str) -> Entry | None:
         """Return the entry of a key, whose files are as they were written, and mark it as used now."""
         folder = self.folder / key
-        if not self.max_size or not folder.is_dir():
+        if not self.max_size or not os.path.isdir(folder):  # noqa: PTH112 - `is_dir` raises where it may not look
             return None
         try:
             written = json.loads((folder / FACTS).read_text(encoding="utf-8"))

@@ -72,7 +72,7 @@ class SplitReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for `data_report.json`, lengths as min, median and max over what was kept."""
-        # asdict makes pairs into the keys of a Counter (Python 3.10, 3.11).
+        # asdict makes pairs into the keys of a Counter (Python 3.11).
         summary = {**vars(self), "dropped": dict(self.dropped)}
         del summary["lengths"]
         for name in ("prompt_lengths", "answer_lengths"):

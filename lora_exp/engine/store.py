@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -242,7 +242,7 @@ class ReferenceStore:
         query = "SELECT identity, description, rows, bytes, used FROM models ORDER BY used DESC"
         rows = self._file.mending(lambda: self._file.db.execute(query).fetchall())
         return [
-            StoredModel(identity, _description(text), number, size, datetime.fromtimestamp(used / 1e9, timezone.utc))
+            StoredModel(identity, _description(text), number, size, datetime.fromtimestamp(used / 1e9, UTC))
             for identity, text, number, size, used in rows
         ]
 

@@ -23,15 +23,28 @@ HUB_TIMEOUT_S = 10
 
 
 def cache_dir() -> Path:
-    """Return the folder for fetched models: `$LORA_EXP_CACHE`, or the user's cache folder."""
+    """Return the folder for fetched models and for caches: `$LORA_EXP_CACHE`, or the user's cache folder.
+
+    Raises:
+        UserError: If the user has no home folder, as in a container that runs as a number.
+    """
     from platformdirs import user_cache_path
 
-    return Path(os.environ.get("LORA_EXP_CACHE") or user_cache_path("lora_exp"))
+    try:
+        return Path(os.environ.get("LORA_EXP_CACHE") or user_cache_path("lora_exp"))
+    except RuntimeError as error:
+        problem = Problem("HOME", "this user has no home folder to keep caches in", "LORA_EXP_CACHE=<folder> names one")
+        raise UserError("the cache folder is not known", [problem]) from error
 
 
 def fetched_dir(config: ModelConfig) -> Path:
     """Return where `python -m lora_exp.fetch` puts this model, whether or not it is there."""
     return cache_dir() / "models" / config.pretrained_model_name_or_path.replace("/", "--")
+
+
+def is_fetched(config: ModelConfig) -> bool:
+    """Whether the model is there; not where this user may not look into the cache folder."""
+    return os.path.isfile(fetched_dir(config) / "config.json")  # noqa: PTH113 - `Path.is_file` raises there
 
 
 @contextmanager
@@ -70,7 +83,7 @@ def local_dir(config: ModelConfig) -> str | None:
         UserError: If there is no such folder, or no model that may be read in it.
     """
     name = config.pretrained_model_name_or_path
-    if (fetched_dir(config) / "config.json").is_file():
+    if is_fetched(config):
         return str(fetched_dir(config))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():

@@ -8,17 +8,15 @@ back as what it was; any other as `***`.
 from __future__ import annotations
 
 import logging
-import netrc
 import os
 import re
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.secrets.home import hub_token, netrc_passwords
 from lora_exp.text import visible
 
 MASK = "***"
@@ -130,13 +128,8 @@ def _is_secret(name: str, value: str) -> bool:
 @lru_cache(maxsize=1)
 def _stored() -> dict[str, str]:
     """Return the secrets that libraries find in the home folder: netrc's passwords and the hub's token."""
-    found: list[str | None] = []
-    with suppress(OSError, netrc.NetrcParseError):  # then no library can read it either
-        found += [password for _, _, password in netrc.netrc().hosts.values()]
-    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    with suppress(OSError, UnicodeDecodeError):
-        found.append(Path(os.environ.get("HF_TOKEN_PATH") or cache / "token").read_text(encoding="utf-8").strip())
-    return {secret: MASK for secret in found if secret and len(secret) >= SHORTEST}
+    found = [*netrc_passwords().values(), hub_token()]
+    return {secret: MASK for secret in found if len(secret) >= SHORTEST}
 
 
 class MaskingFormatter(logging.Formatter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import shutil
 import time
@@ -13,6 +12,7 @@ from urllib.parse import urlparse
 
 from pydantic import Field
 
+from lora_exp.secrets.home import netrc_passwords
 from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker, by_split
 from lora_exp.tracking.kept import kept_id, logged_before
 
@@ -185,8 +185,6 @@ def logged_in() -> bool:
     """Whether W&B would find a key without asking: in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return host is not None and netrc.netrc().authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    keys = netrc_passwords()
+    return bool(keys.get(host, keys.get("default")))

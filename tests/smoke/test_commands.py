@@ -45,12 +45,17 @@ def run(command: str, cwd: Path, *more: str, **environment: str) -> subprocess.C
     )
 
 
+def own_rows(folder: Path) -> None:
+    """Write the files that the commands name as the user's."""
+    sample = Path(str(files("lora_exp.data").joinpath("sample")))
+    shutil.copytree(sample, folder / "my_rows")
+    shutil.copy(sample / "val.dpo.jsonl", folder / "other.jsonl")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, finished: Finished) -> Path:
     """A folder with what the commands name: rows of one's own, other.jsonl, and a finished run."""
-    sample = Path(str(files("lora_exp.data").joinpath("sample")))
-    shutil.copytree(sample, tmp_path / "my_rows")
-    shutil.copy(sample / "val.dpo.jsonl", tmp_path / "other.jsonl")
+    own_rows(tmp_path)
     shutil.copytree(finished(*SFT).folder, tmp_path / "outputs" / "run")
     (tmp_path / "outputs" / "run" / ".hydra").mkdir()
     overrides = "".join(f"- {each}\n" for each in (*SFT, "tracker=none"))

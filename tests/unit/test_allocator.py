@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +73,19 @@ def test_another_choice_is_respected() -> None:
     found = run(LD_PRELOAD="libc.so.6")
     assert found["allocator"] == "system"
     assert found["handed on"] == ["LD_PRELOAD"]
+
+
+@needs_mimalloc
+def test_a_library_that_lacks_what_it_needs_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a small container without libatomic, where the loader would end the process before its first line."""
+    whole = allocator._library()
+    assert whole is not None
+    assert b"\0libatomic.so.1\0" in whole.read_bytes()
+    lacking = tmp_path / allocator.LIBRARY
+    lacking.parent.mkdir(parents=True)
+    lacking.write_bytes(whole.read_bytes().replace(b"\0libatomic.so.1\0", b"\0libabsent.so.1\0"))
+    started = subprocess.run([sys.executable, "-c", ""], env={**os.environ, "LD_PRELOAD": str(lacking)}, check=False)
+    assert started.returncode == 127, "the loader must refuse it for this test to mean anything"
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    assert allocator._library() is None
+    allocator.restart_with_mimalloc()

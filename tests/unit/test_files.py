@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,8 @@ def test_parts_that_were_compressed_apart_are_one_file(tmp_path: Path, rows: lis
 
 
 def test_parquet_has_nulls_where_a_row_lacks_a_key_and_times_as_such(tmp_path: Path, record: Make) -> None:
-    from datetime import datetime, timezone
-
-    made = [record(id="a"), record(id="b", meta__timestamp=datetime(2026, 1, 5, 8, 11, tzinfo=timezone.utc))]
-    made[0]["meta"]["timestamp"] = datetime(2026, 1, 5, tzinfo=timezone.utc)
+    made = [record(id="a"), record(id="b", meta__timestamp=datetime(2026, 1, 5, 8, 11, tzinfo=UTC))]
+    made[0]["meta"]["timestamp"] = datetime(2026, 1, 5, tzinfo=UTC)
     del made[0]["inputs"]["context"]
     columns = read(write(tmp_path / "rows.parquet", made), COMPLETION)
     assert [row["prompt"] for row in columns] == [

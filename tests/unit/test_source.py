@@ -10,8 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from lora_exp.config import CONF_DIR, ModelConfig
+from lora_exp.data.cache import Cache
 from lora_exp.errors import Problem, UserError
-from lora_exp.models.source import adapter_dir, fetched_dir, locate, model_files
+from lora_exp.models.source import adapter_dir, cache_dir, fetched_dir, is_fetched, locate, model_files
 
 NAME = "an-owner/A-Model"
 
@@ -189,3 +190,25 @@ def test_an_adapter_whose_config_cannot_be_read_is_a_user_error(tmp_path: Path) 
     adapter = make_adapter(tmp_path / "adapter")
     (adapter / "adapter_config.json").write_text("{", encoding="utf-8")
     assert adapter_refusal(config(adapter=str(adapter)))
+
+
+def test_a_user_without_a_home_folder_is_asked_for_a_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("HOME", "LORA_EXP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)  # as in a container that runs as a number
+    with pytest.raises(UserError) as caught:
+        cache_dir()
+    assert "LORA_EXP_CACHE=<folder>" in caught.value.problems[0].mend
+    monkeypatch.setenv("LORA_EXP_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+
+
+def test_a_cache_folder_that_one_may_not_enter_has_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")  # root may enter any folder, so what the system answers is set
+
+    monkeypatch.setattr("os.stat", refuse)
+    assert not is_fetched(config())
+    assert Cache(Path("closed"), 1_000).find("any") is None

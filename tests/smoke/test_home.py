@@ -1,0 +1,83 @@
+"""Real runs of a user whose home folder holds files that cannot be read, or who has none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.smoke.test_safety import TRAINS
+
+NOTE = "~/.netrc is left out: it is not UTF-8 text (line 2)"
+WITHOUT = ("NETRC", "HF_HOME", "HF_TOKEN_PATH", "WANDB_API_KEY", "WANDB_MODE")
+
+
+def lora_exp(home: Path, cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    given = {name: value for name, value in os.environ.items() if name not in WITHOUT}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env={**given, "HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home folder whose netrc is in Latin-1."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / ".netrc").write_bytes(
+        "machine a login b password c\nmachine b login andré password d\n".encode("latin-1")
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "folders"),
+    [
+        (["tracker=none", "output_dir=run"], {}, ["run"]),
+        (["tracker=wandb", "output_dir=run"], {"WANDB_MODE": "offline"}, ["run"]),
+        (["tracker=wandb", "tracker.mode=online", "output_dir=run"], {"WANDB_BASE_URL": "http://127.0.0.1:9"}, ["run"]),
+        (
+            ["-m", "tracker=none", "sweep.name=two", "seed=1,2"],
+            {},
+            ["multirun/two/seed=1", "multirun/two/seed=2"],
+        ),
+    ],
+    ids=["no tracker", "wandb offline", "wandb online without a key", "sweep"],
+)
+def test_a_netrc_that_is_not_utf_8_is_left_out_with_one_note(
+    home: Path, tmp_path: Path, arguments: list[str], environment: dict[str, str], folders: list[str]
+) -> None:
+    done = lora_exp(home, tmp_path, "lora_exp", *arguments, *TRAINS, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count(NOTE) == 1
+    for folder in folders:
+        assert json.loads((tmp_path / folder / "run.json").read_text())["status"] == "finished"
+    if "tracker=wandb" in arguments:
+        assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")), done.stdout
+
+
+def test_other_commands_leave_it_out_too(home: Path, tmp_path: Path) -> None:
+    dry = lora_exp(home, tmp_path, "lora_exp", "dry_run=true")
+    assert dry.returncode == 0, dry.stderr
+    assert dry.stdout.count(NOTE) == 1
+    saved = lora_exp(home, tmp_path, "lora_exp.dashboard", "project")
+    assert saved.returncode == 2
+    assert saved.stderr.count(NOTE) == 1
+    assert "nobody is logged in" in saved.stderr
+
+
+def test_help_and_errors_of_the_config_say_nothing_of_it(home: Path, tmp_path: Path) -> None:
+    for arguments in (["--help"], ["--cfg", "job"], ["recipe.beta=x"]):
+        done = lora_exp(home, tmp_path, "lora_exp", *arguments)
+        assert "Traceback" not in done.stderr
+        assert "netrc" not in done.stdout + done.stderr
