@@ -132,6 +132,7 @@ def adapter(trainer: Any) -> torch.Tensor:
 
 def disturb(trainer: Any, size: float = 0.05) -> None:
     """Make adapters do something: theirs start at zero, where half of the gradients are zero too."""
+    trainer.starts_alike = False
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name and parameter.requires_grad:
             generator = torch.Generator().manual_seed(sum(name.encode()))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_exp.engine import support
+from lora_exp.engine.probe import Probe
 from lora_exp.models import policy as room
 from lora_exp.models.shared import SHARED_BASE
 from tests.runs import build_trainer, run_in
@@ -139,8 +140,8 @@ def test_the_packed_engine_is_tried_once_for_each_kind_of_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(support, "_FOUND", {})
-    probe, tried = support._of_probe, []
-    monkeypatch.setattr(support, "_of_probe", lambda *arguments: tried.append(arguments) or probe(*arguments))
+    reason, tried = Probe.reason, []
+    monkeypatch.setattr(Probe, "reason", lambda probe: tried.append(probe) or reason(probe))
     engines = []
     for number, change in enumerate(("recipe.beta=0.5", "seed=7", "lora.r=4", "recipe.beta=0.2")):
         engines.append(run_in(tmp_path / str(number), [*JOB, change]).results.run["engine"])
@@ -151,7 +152,7 @@ def test_the_packed_engine_is_tried_once_for_each_kind_of_adapter(
 def test_what_the_packed_engine_was_refused_for_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "_FOUND", {})
     answers = iter(["no such mask"])
-    monkeypatch.setattr(support, "_of_probe", lambda *_: next(answers))
+    monkeypatch.setattr(Probe, "reason", lambda _: next(answers))
     engines = [run_in(tmp_path / beta, [*JOB, f"recipe.beta={beta}"]).results.run["engine"] for beta in ("0.1", "0.2")]
     assert engines == ["padded", "padded"]
 
