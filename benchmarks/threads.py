@@ -26,11 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_exp.errors import count
-from lora_exp.process.threads import SPIN, WAIT_POLICY, usable_cores
+from lora_exp.process.spin import OWN_SETTINGS
+from lora_exp.process.threads import usable_cores
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "THREADS.md"
-UNSET = ("OMP_NUM_THREADS", WAIT_POLICY, *SPIN)
+UNWATCHED = "BENCHMARK_UNWATCHED"
+"""Of `benchmarks.steps`, which takes a second to import."""
+UNSET = ("OMP_NUM_THREADS", UNWATCHED, *OWN_SETTINGS)
 """Variables that a worker has by its setting alone."""
 
 NOTHING, OURS = "nothing set", "lora_exp"
@@ -80,18 +83,18 @@ class Load:
 
 
 MODELS = {
-    "tiny": Load(("model=tiny",), 30, 5),
-    "smollm2_135m": Load(("model=smollm2_135m", "trainer.per_device_train_batch_size=4"), 4, 2),
+    "tiny": Load(("model=tiny",), 30, 10),
+    "smollm2_135m": Load(("model=smollm2_135m", "trainer.per_device_train_batch_size=1"), 4, 2),
 }
 
 
 def settings(spins: Sequence[int]) -> list[Setting]:
     """Return what is compared: today's default of OpenMP, this project's, others, and further spin counts."""
     return [
-        Setting(NOTHING),
-        Setting(OURS, SPIN),
+        Setting(NOTHING, {UNWATCHED: "1"}),
+        Setting(OURS),
         *(Setting(f"GOMP_SPINCOUNT={each}", {"GOMP_SPINCOUNT": str(each)}) for each in (1000, *spins)),
-        Setting(f"{WAIT_POLICY}=PASSIVE", {WAIT_POLICY: "PASSIVE"}),
+        Setting("OMP_WAIT_POLICY=PASSIVE", {"OMP_WAIT_POLICY": "PASSIVE"}),
         Setting("one thread", {}, ("engine.num_threads=1",)),
     ]
 
@@ -240,7 +243,6 @@ def write(table: Table, rounds: int) -> None:
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     machine = f"{device_facts(torch.device('cpu'))['name']}, {count(usable_cores(), 'core')}, {platform.system()}"
     steps = ", ".join(f"of {name} {load.idle_steps} steps idle, {load.steps} else" for name, load in MODELS.items())
-    spin = ", ".join(f"{name}={value}" for name, value in SPIN.items())
     lines = [
         "# Threads that spin",
         "",
@@ -248,8 +250,10 @@ def write(table: Table, rounds: int) -> None:
         "setting of the line, median of the ratios of the rounds. `python -m benchmarks.threads --write`",
         "",
         f"Machine: {machine}; {packages}.",
-        f"{count(rounds, 'round')} by turns, {steps}. {OURS}: {spin}. OMP_NUM_THREADS is unset. A busy neighbour is a "
-        "process that computes all the time; two runs at once have one setting, and the later end counts.",
+        f"{count(rounds, 'round')} by turns, {steps}. {OURS}: idle threads spin briefly while the process waits for "
+        "cores (`lora_exp/process/spin.py`). Each turn begins with steps that are not counted: a run goes on for "
+        "longer. OMP_NUM_THREADS is unset. A busy neighbour is a process that computes all the time; two runs at once "
+        "have one setting, and the later end counts.",
         "",
         *markdown(table),
     ]

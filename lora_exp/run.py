@@ -31,6 +31,7 @@ from lora_exp.models.source import adapter_dir
 from lora_exp.preparation import Prepared, build_trainer, keeps_reference, open_store, prepare_training
 from lora_exp.process.device import choose_device
 from lora_exp.process.ranks import require_one_process
+from lora_exp.process.spin import brief_spins_beside_others
 from lora_exp.process.threads import recorded_threads, use_threads
 from lora_exp.provenance import adapter_facts, data_facts
 from lora_exp.quiet import quiet_libraries
@@ -250,22 +251,23 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
     try:
         from lora_exp.training.loop import leave_on_signal, report_to
 
-        trainer = build_trainer(config, folder, prepared, tracker)
-        if launch.trial is not None:
-            report_to(launch.trial, trainer, config.objectives[0])
-        leave_on_signal(attempt.interrupts, trainer)
-        with attempt.interrupts.keeping_the_end(trainer.checkpoint_of_end):
-            final = _train(config, attempt, prepared, trainer)
-            from lora_exp.preflight.duration import keep_measured_speed
+        with brief_spins_beside_others():
+            trainer = build_trainer(config, folder, prepared, tracker)
+            if launch.trial is not None:
+                report_to(launch.trial, trainer, config.objectives[0])
+            leave_on_signal(attempt.interrupts, trainer)
+            with attempt.interrupts.keeping_the_end(trainer.checkpoint_of_end):
+                final = _train(config, attempt, prepared, trainer)
+                from lora_exp.preflight.duration import keep_measured_speed
 
-            keep_measured_speed(config, prepared, trainer, final, folder.wall_times)
-            found = _objectives(config, final)
-            objective = next(iter(found.values()), None)
-            peak = peak_memory_bytes(policy.device)
-            folder.note(objective=objective, objectives=found, peak_memory_bytes=peak)
-            tracker.summarize({**final, "objective": objective, "peak_memory_bytes": peak})
-            tracker.table("samples", read_jsonl(folder.path / "samples.jsonl"))
-            tracker.adapter(folder.adapter)
+                keep_measured_speed(config, prepared, trainer, final, folder.wall_times)
+                found = _objectives(config, final)
+                objective = next(iter(found.values()), None)
+                peak = peak_memory_bytes(policy.device)
+                folder.note(objective=objective, objectives=found, peak_memory_bytes=peak)
+                tracker.summarize({**final, "objective": objective, "peak_memory_bytes": peak})
+                tracker.table("samples", read_jsonl(folder.path / "samples.jsonl"))
+                tracker.adapter(folder.adapter)
         ending = "finished"
     except Pruned:
         ending = "pruned"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from lora_exp.allocator import restart_with_mimalloc
-from lora_exp.process.threads import limit_spin
 
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 """With 1 `torch.cuda.is_available()` asks NVML and leaves CUDA's driver alone, so that a process may fork after it:
@@ -18,5 +17,4 @@ def start_process() -> None:
     What the user has set stays.
     """
     os.environ.setdefault(NVML_CHECK, "1")
-    limit_spin()
     restart_with_mimalloc()

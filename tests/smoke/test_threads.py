@@ -1,4 +1,4 @@
-"""Commands that train set how threads spin; a run that goes on or is reproduced has the threads that it began with."""
+"""A run that goes on or is reproduced has the threads that it began with; a sweep's child has the environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import torch
 
 from lora_exp.errors import UserError
 from lora_exp.process.start import NVML_CHECK
-from lora_exp.process.threads import SPIN, SPINS, WAIT_POLICY
 from lora_exp.reports.differences import ADAPTER
 from lora_exp.reproduce import reproduce
 from lora_exp.run import Launch, run
@@ -40,29 +39,13 @@ def recorded(folder: Path) -> int:
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name not in (*SPIN, WAIT_POLICY, NVML_CHECK)}
+    clean = {name: value for name, value in os.environ.items() if name != NVML_CHECK}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, check=False
     )
 
 
 # Commands -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP")
-def test_every_command_that_trains_has_idle_threads_sleep_soon(tmp_path: Path) -> None:
-    arguments = [*RUN, *ONE, "engine.num_threads=2"]
-    script = ("-c", "from lora_exp.__main__ import script; script()")
-    ways = {
-        "module": (*MODULE, *arguments, "output_dir=module"),
-        "script": (*script, *arguments, "output_dir=script"),
-        "reproduced": ("-m", "lora_exp.reproduce", "module", "--output", "reproduced"),
-    }
-    for name, way in ways.items():
-        done = command(*way, cwd=tmp_path, OMP_DISPLAY_ENV="VERBOSE")
-        assert done.returncode == 0, (name, done.stdout, done.stderr)
-        assert f"GOMP_SPINCOUNT = '{SPINS}'" in done.stderr, name
-        assert f"idle ones sleep after {SPINS:,} spins" in done.stdout, name
 
 
 PROBE = """
@@ -92,7 +75,7 @@ def test_the_process_that_a_sweep_works_in_has_the_environment_in_every_trial(tm
     assert done.returncode == 0, done.stdout + done.stderr
     for seed in (1, 2):
         environment = json.loads((tmp_path / f"{seed}.json").read_text())["environment"]
-        assert {name: environment.get(name) for name in (NVML_CHECK, *SPIN)} == {NVML_CHECK: "1", **SPIN}
+        assert environment[NVML_CHECK] == "1"
 
 
 # The recorded count -----------------------------------------------------------------------------------
