@@ -15,6 +15,7 @@ from benchmarks.case import parse
 from benchmarks.machine import head_parameters, parameters_multiplied
 from benchmarks.measure import train_and_report
 from lora_exp.machine import keep_freed_memory, reset_peak_memory
+from lora_exp.process.device import choose_device
 from tests.runs import build_trainer
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         store = [f"store.path={folder}/reference.sqlite3", "trainer.logging_steps=1", "trainer.save_strategy=no"]
-        reset_peak_memory()
+        reset_peak_memory(choose_device("auto", use_cpu=False).torch)
         trainer = build_trainer(Path(folder) / "run", [*case.overrides(Path(folder)), *store])
         operations = Operations(trainer)
         train_and_report(trainer, trainer.model.device, operations=operations.per_step)

@@ -44,13 +44,19 @@ def peak_memory_bytes(device: Any) -> int:
     """Return the most memory that was in use since `reset_peak_memory`: the GPU's, or this process's."""
     if own := own_memory(device):
         return int(own.max_memory_allocated(device))
+    return _peak_resident_bytes()
+
+
+def _peak_resident_bytes() -> int:
     try:
-        status = (PROC / "status").read_text(encoding="ascii")
+        lines = (PROC / "status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+        lines = []
+    counted = next((line.split()[1] for line in lines if line.startswith("VmHWM")), None)
+    if counted is not None:
+        return int(counted) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # no Linux, or one that does not count it
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -153,7 +159,7 @@ def device_facts(device: Any) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")

@@ -18,6 +18,7 @@ from lora_exp.engine.layout import Layout
 from lora_exp.engine.norms import fusable_norms, fused_norms
 from lora_exp.engine.packing import PackedRow, Row
 from lora_exp.engine.peft import fused_lora
+from lora_exp.process.device import computes_bf16
 
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
@@ -70,11 +71,17 @@ class PackedForward:
     def _fused(self) -> Iterator[None]:
         """Compute adapters and norms in fewer passes within the block, and have MLPs keep less."""
         # Recomputing a checkpointed layer happens outside the block, and must compute the same.
-        if _recomputes(self.base):
+        if _recomputes(self.base) or self._emulates():
             yield
             return
         with fused_lora(self.base), fused_norms(self.norms), fused_mlps(self.mlps):
             yield
+
+    def _emulates(self) -> bool:
+        """Whether a GPU only emulates the dtype that is computed in: there the libraries' own paths are left alone."""
+        device = self.base.device
+        half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.base.dtype
+        return device.type == "cuda" and half == torch.bfloat16 and not computes_bf16(device)
 
     def scores(self, row: PackedRow) -> TokenScores:
         """Return the scores of the flat row's S scored positions."""

@@ -119,7 +119,7 @@ def show_memory(estimate: Estimate, place: Place) -> None:
     there = Text("fits" if fits else "does not fit", style="bold green" if fits else "bold red")
     table.add_section()
     table.add_row("most", size_text(estimate.total), there, style="bold")
-    table.add_row("free now", size_text(place.free), f"on this {'processor' if place.device.type == 'cpu' else 'GPU'}")
+    table.add_row("free now", size_text(place.free), f"on this {'CPU' if place.device.type == 'cpu' else 'GPU'}")
     console.print(table)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from lora_exp import machine
 from lora_exp.engine import flex
+from lora_exp.engine.forward import PackedForward
 from lora_exp.errors import UserError
 from lora_exp.models.precision import choose_precision
 from lora_exp.process.device import choose_device
@@ -161,6 +162,25 @@ def test_the_attention_kernel_is_for_gpus_that_have_it(
     assert flex.suits(query) == suits
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "emulates"),
+    [
+        (CUDA, torch.bfloat16, (7, 5), True),
+        (CUDA, torch.bfloat16, (8, 0), False),
+        (CUDA, torch.float16, (7, 5), False),
+        (CUDA, torch.float32, (7, 5), False),
+        (CPU, torch.bfloat16, (7, 5), False),
+    ],
+)
+def test_an_emulated_dtype_is_left_to_the_libraries(
+    device: Any, dtype: Any, capability: tuple[int, int], emulates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine("cuda", gpus=1, capability=capability).stand_in(monkeypatch)
+    forward = object.__new__(PackedForward)
+    forward.base = type("Base", (), {"device": device, "dtype": dtype})()
+    assert forward._emulates() == emulates
+
+
 def test_a_trainer_uses_one_of_several_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As transformers counts them; TRL refuses a trainer that would use more."""
     from trl import SFTConfig
@@ -232,3 +252,9 @@ def test_other_ranks_leave_the_word_to_the_first(tmp_path: Path) -> None:
 def test_a_world_of_one_is_no_world(tmp_path: Path) -> None:
     ended = command(tmp_path, "trainer.max_step=1", WORLD_SIZE="1", RANK="0")
     assert "did you mean trainer.max_steps?" in ended.stderr
+
+
+def test_a_system_that_counts_no_peak_has_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "status").write_bytes("Name:\tprozeß\nVmRSS:\t5 kB\n".encode("latin-1"))
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    assert machine.peak_memory_bytes(CPU) > 2**20
