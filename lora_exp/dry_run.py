@@ -106,13 +106,15 @@ def _one(job: Job, choices: Mapping[str, str]) -> int:
 
 def _many(jobs: Sequence[Job]) -> int:
     previews = [_preview_or_error(job.config) for job in jobs]
+    import torch
+
     from lora_exp.preflight.place import place_without_libraries
     from lora_exp.preflight.report import show_lines
-    from lora_exp.process.device import choose_device
 
     found = [_line(job, preview) for job, preview in zip(jobs, previews, strict=True)]
-    device = choose_device(jobs[0].config.device, jobs[0].config.trainer.use_cpu)
-    show_lines([line for line, _ in found], list(jobs[0].axes), place_without_libraries(device.torch))
+    devices = (preview.device.torch for preview in previews if isinstance(preview, Preview))
+    place = place_without_libraries(next(devices, torch.device("cpu")))
+    show_lines([line for line, _ in found], list(jobs[0].axes), place)
     told = {str(error): (job.name, error) for job, (_, errors) in zip(jobs, found, strict=True) for error in errors}
     for name, error in told.values():  # an error that several trials share once
         print_user_error(UserError(f"{name}: {error.title}", error.problems))

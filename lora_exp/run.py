@@ -29,7 +29,7 @@ from lora_exp.machine import (
 )
 from lora_exp.models.source import adapter_dir
 from lora_exp.preparation import Prepared, build_trainer, keeps_reference, open_store, prepare_training
-from lora_exp.process.device import choose_device
+from lora_exp.process.device import choose_device, hide_gpus
 from lora_exp.process.ranks import require_one_process
 from lora_exp.process.spin import brief_spins_beside_others
 from lora_exp.process.threads import recorded_threads, use_threads
@@ -223,6 +223,8 @@ def _guarded_run(config: Config, attempt: Attempt, memory: MemoryGuard) -> list[
     bound_kernel_caches()
     with folder.stage("model"):
         device = choose_device(config.device, config.trainer.use_cpu)
+        if device.torch.type == "cpu":
+            hide_gpus()
         load_libraries()
     console.say("device", device.line)
     console.say("machine", use_threads(config.engine.num_threads, launch.threads))

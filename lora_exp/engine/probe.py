@@ -102,7 +102,8 @@ class Probe:
             if _is_of_the_device(error) or not _is_of_a_library(error):
                 raise
             raise _RefusedError(_first_line(error)) from error
-        return torch.cat([each.flatten().float() for each in found if each is not None])
+        parts = (torch.zeros_like(one) if each is None else each for one, each in zip(trained, found, strict=True))
+        return torch.cat([each.flatten().float() for each in parts])
 
     def _allowed(self, dtype: torch.dtype) -> tuple[float, float]:
         """Return how far states and gradients may lie apart: as the lowest dtype that a layer multiplies in."""

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from lora_exp.config import Config, LoraConfig, ModelConfig, QuantConfig
 from lora_exp.errors import Problem, UserError
 from lora_exp.models.precision import Precision, choose_precision
@@ -24,9 +22,6 @@ Reference = Literal["adapter off", "start adapter"]
 
 WRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of `lora.init_lora_weights` with which PEFT 0.21 changes the base weights (`tuners/lora/layer.py`)."""
-
-RANDOM = ("attention_dropout", "attn_pdrop", "router_jitter_noise", "input_jitter_noise")
-"""Fields of a model's config by which layers other than `Dropout` compute at random in training."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +58,10 @@ class Policy:
         """The torch device that it is on."""
         return self.model.device
 
-    def starts_at_reference(self, model: Any) -> bool:
-        """Whether the policy computes what its reference does before the first step, dropping nothing at random.
-
-        Args:
-            model: The `PeftModel` as the trainer has it: TRL may have switched dropout off.
-        """
-        lora = model.peft_config["default"]
-        if self.reference == "adapter off" and lora.init_lora_weights is False:
-            return False
-        config = model.get_base_model().config.get_text_config()
-        if any(getattr(config, name, None) for name in RANDOM):
-            return False
-        # A new adapter adds 0 whatever it drops of its input.
-        new = self.reference == "adapter off"
-        dropouts = (name for name, each in model.named_modules() if isinstance(each, torch.nn.Dropout) and each.p > 0)
-        return all(new and "lora_dropout" in name for name in dropouts)
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether the policy computes what its reference does before the first step, but for what it drops."""
+        return self.reference == "start adapter" or self.model.peft_config["default"].init_lora_weights is not False
 
 
 def load_policy(config: Config, files: str, start: Path | None, scratch: Path, device: Any) -> Policy:

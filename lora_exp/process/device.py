@@ -5,6 +5,7 @@ CUDA on several GPUs, MPS and XPU never ran here: their branches are tested with
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,7 @@ def _cuda_failure() -> str | None:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         return next(iter(str(error).splitlines()), type(error).__name__)
-    return None
+    return None if torch.cuda.device_count() else "it shows no GPU"
 
 
 def _gpu(index: int, reason: str) -> Device:
@@ -116,6 +117,18 @@ def _gpu(index: int, reason: str) -> Device:
     reason = reason or (f"the first of {number} GPUs" if number > 1 else "the GPU of this machine")
     idle = tuple(each for each in _gpus(number) if each != f"cuda:{index}")
     return Device(torch.device("cuda", index), f"{torch.cuda.get_device_name(index)}, {reason}", idle)
+
+
+def hide_gpus() -> None:
+    """Have CUDA show no GPU to this job, which trains on the CPU, unless CUDA has started in this process.
+
+    torch's optimisers ask the accelerator for its stream in every step where one is available, which would start CUDA,
+    or fail where it cannot start.
+    """
+    import torch
+
+    if not torch.cuda.is_initialized():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _gpus(number: int) -> list[str]:

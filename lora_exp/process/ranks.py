@@ -11,8 +11,13 @@ import time
 
 from lora_exp.errors import USER_ERROR_STATUS, Problem, UserError
 
-WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+LAUNCHERS = {
+    "WORLD_SIZE": "RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+}
+"""The number of processes, and which one this is, as each launcher names them."""
 
 WAIT_S = 5.0
 """How long the other ranks leave the first one to speak: torchrun ends all of them once one has ended."""
@@ -24,16 +29,12 @@ def require_one_process() -> None:
     Raises:
         UserError: In the first of several processes. The others end without a message.
     """
-    name, size = next(((name, os.environ[name]) for name in WORLD if os.environ.get(name)), ("", "1"))
-    if size == "1":
+    name = next((name for name in LAUNCHERS if os.environ.get(name, "") not in ("", "1")), None)
+    if name is None:
         return
-    if _rank() != "0":
+    if os.environ.get(LAUNCHERS[name], "0") != "0":
         time.sleep(WAIT_S)
         sys.exit(USER_ERROR_STATUS)
-    what = f"is {size}: several processes cannot train one run yet, and would train without exchanging gradients"
+    what = f"is {os.environ[name]}: several processes cannot train one run yet: they would exchange no gradients"
     hint = f"start it as one process: python -m lora_exp ..., or unset {name}"
     raise UserError("the run cannot start", [Problem(name, what, hint)])
-
-
-def _rank() -> str:
-    return next((os.environ[name] for name in RANK if os.environ.get(name)), "0")

@@ -49,7 +49,7 @@ def waited_s() -> float | None:
     """Return for how long the threads of this process have waited for a core so far; None where nobody counts it."""
     total = 0
     for task in TASKS.glob("*/schedstat"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+        with suppress(OSError):  # a thread that has ended
             total += int(task.read_text(encoding="ascii").split()[1])  # nanoseconds (Linux, sched-stats.rst)
     return total / 1e9 if total else None
 
@@ -72,12 +72,14 @@ def brief_spins_beside_others() -> Iterator[None]:
 
 def _watch(ended: threading.Event) -> None:
     load, teams = Load(), Teams()
-    while not ended.wait(INTERVAL_S):
-        if load.is_crowded():
-            teams.form()
-        else:
-            teams.dismiss()
-    teams.dismiss()
+    try:
+        while not ended.wait(INTERVAL_S):
+            if load.is_crowded():
+                teams.form()
+            else:
+                teams.dismiss()
+    finally:
+        teams.dismiss()
 
 
 class Load:

@@ -69,7 +69,7 @@ def make_trainer(
         raise UserError(f"{config.recipe.library_class} refuses the config", [problem]) from error
     trainer.remove_callback(PrinterCallback)
     trainer.zero_loss = config.recipe.zero_loss
-    trainer.starts_alike = work.policy.starts_at_reference(trainer.model)
+    trainer.starts_alike = work.policy.starts_at_reference
     trainer.rows = RowNames(data, config.recipe.row_kind.answers)
     engine.equip(trainer, work)
     return trainer

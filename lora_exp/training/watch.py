@@ -32,11 +32,11 @@ SMALLER_STEPS = "lower trainer.learning_rate, raise trainer.warmup_steps, or tra
 
 
 class WatchedSteps:
-    """Mixed in before a TRL trainer that has `scored_labels(inputs)` and `difference_at_start()`.
+    """Mixed in before a TRL trainer that has `scored_labels(inputs)` and `difference_at_start(batch)`.
 
     Attributes:
         zero_loss: Whether a loss of exactly 0 can be right.
-        starts_alike: Whether policy and reference compute the same before the first step.
+        starts_alike: Whether policy and reference compute the same before the first step, but for what is dropped.
         rows: Names the rows of a batch.
     """
 
@@ -64,10 +64,10 @@ class WatchedSteps:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
         loss = torch.stack(self._losses).sum().float()
         scored = torch.stack([(self.scored_labels(each)[:, 1:] != IGNORED).sum() for each in self._batches])  # type: ignore[attr-defined]
-        if self.state.global_step == 0 and self.starts_alike:  # type: ignore[attr-defined]
-            _require_no_difference(self.difference_at_start())  # type: ignore[attr-defined]
         numbers = torch.stack([loss, _on(norm, loss), _on(scored.sum(), loss)]).tolist()
         self._require_sense(*numbers)
+        if self.state.global_step == 0 and self.starts_alike and math.isfinite(numbers[1]):  # type: ignore[attr-defined]
+            _require_no_difference(self.difference_at_start(self._batches[0]))  # type: ignore[attr-defined]
         self._require_gradient(numbers[1])
         return norm
 
@@ -80,10 +80,10 @@ class WatchedSteps:
         state = self.state  # type: ignore[attr-defined]
         self._learned = self._learned or norm != 0 or any(each.get("grad_norm") for each in state.log_history)
         done = state.global_step + 1
-        if self._learned or done < min(SILENT, state.max_steps):
+        if self._learned or done != min(SILENT, state.max_steps):
             return
-        what = "no scored token depends on a weight that trains"
-        mend = "check lora.target_modules, and whether lora.alora_invocation_tokens occur in the prompts"
+        what = "the loss does not depend on any weight that trains"
+        mend = "check lora.target_modules, recipe.loss_weights, and that prompts have lora.alora_invocation_tokens"
         title = f"nothing is learned: every gradient was exactly 0 in {count(done, 'step')}; the run stops"
         raise UserError(title, [Problem("lora", what, mend)])
 

@@ -264,9 +264,39 @@ def test_an_adapter_that_starts_elsewhere_is_not_held_to_the_reference(tmp_path:
     trainer.train()
 
 
+def test_a_first_loss_that_is_no_number_is_not_laid_to_the_reference(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, *DPO, "trainer.max_steps=3")
+    shift_reference(trainer, float("nan"))
+    with pytest.raises(UserError, match="its loss is nan"):
+        trainer.train()
+
+
+def opt(folder: Path, dropout: float) -> list[str]:
+    """Write a small model whose dropout is a number in its code and no layer; return the overrides that load it."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    tokenizer = trainer_of(folder / "tokenizer", "trainer.max_steps=1").processing_class
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=512, dropout=dropout,
+    )  # fmt: skip
+    for each in (OPTForCausalLM(config), tokenizer):
+        each.save_pretrained(folder / "opt")
+    return ["model=custom", f"model.pretrained_model_name_or_path={folder / 'opt'}"]
+
+
 def test_a_model_that_drops_at_random_is_not_held_to_the_reference(tmp_path: Path) -> None:
-    trainer = trainer_of(
-        tmp_path, *DPO, "engine=padded", "trainer.max_steps=1", "+model.embedded.config.attention_dropout=0.2"
-    )
-    assert not trainer.starts_alike
+    trainer = trainer_of(tmp_path / "run", *DPO, "trainer.max_steps=1", *opt(tmp_path, 0.3))
+    batch = next(iter(trainer.get_train_dataloader()))
+    state = torch.get_rng_state()
+    trainer.model.train()
+    assert trainer._computes_at_random(batch)
+    assert torch.equal(torch.get_rng_state(), state), "the check costs no random number"
     trainer.train()
+
+
+def test_a_model_that_does_not_is(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path / "run", *DPO, "trainer.max_steps=1", *opt(tmp_path, 0.0), "engine=packed")
+    trainer.model.train()
+    assert not trainer._computes_at_random(next(iter(trainer.get_train_dataloader())))

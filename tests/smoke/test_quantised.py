@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_exp.recipes.trl import adapters_in_float32
+from lora_exp.recipes.trl import give_back
 from tests.engines import (
     ALL_AT_ONCE,
     ENGINES,
@@ -138,7 +138,8 @@ def test_adapters_are_float32_unless_a_run_computes_in_bf16(
     """fp16 trains on GPUs alone, so its part is done by hand here, on a trainer that has bf16 adapters."""
     trainer = build("recipe=dpo", f"quant={quant}", f"trainer.bf16={str(dtype != 'float32').lower()}").padded
     if dtype == "float16":
-        adapters_in_float32(trainer.model)
+        trained = [name for name, each in trainer.model.named_parameters() if each.requires_grad]
+        give_back(trainer.model, dict.fromkeys(trained, torch.float32))
     trained = {each.dtype for each in trainer.model.parameters() if each.requires_grad}
     assert trained == {torch.float32}
     kept = {each.dtype for each in trainer.model.parameters() if not each.requires_grad}
@@ -157,3 +158,15 @@ def test_an_activated_adapter_is_left_to_trl(tmp_path: Path, says: dict[str, str
     )
     assert "padded (TRL's own forward): lora.alora_invocation_tokens" in says["engine"]
     assert not hasattr(trainer, "packed_forward")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_biases_that_train_keep_the_dtype_of_their_base(tmp_path: Path, engine: str) -> None:
+    run = ["recipe=sft", "tracker=none", "trainer=cpu", "trainer.bf16=false", "model.dtype=bfloat16", "lora.bias=all"]
+    biased = ["+model.embedded.config.attention_bias=true", "trainer.max_steps=1", f"engine={engine}"]
+    trainer = build_trainer(tmp_path, [*run, *biased])
+    dtypes = {
+        name.rpartition(".")[2]: each.dtype for name, each in trainer.model.named_parameters() if each.requires_grad
+    }
+    assert dtypes == {"weight": torch.float32, "bias": torch.bfloat16}
+    assert trainer.train().training_loss > 0

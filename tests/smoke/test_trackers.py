@@ -51,9 +51,14 @@ ENDINGS = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of the runs, which is also where stores are looked for."""
+    import wandb
+
     place = tmp_path_factory.mktemp("trackers")
-    # Trackio reads it once, when it is imported.
     os.environ["TRACKIO_DIR"] = str(place / "trackio")
+    # After another file in this process: Trackio has its folder since it was imported, W&B's service since it started.
+    for name in [each for each in sys.modules if each.partition(".")[0] == "trackio"]:
+        del sys.modules[name]
+    wandb.teardown()
     return place
 
 

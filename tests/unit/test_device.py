@@ -18,7 +18,7 @@ from lora_exp.engine import flex
 from lora_exp.engine.forward import PackedForward
 from lora_exp.errors import UserError
 from lora_exp.models.precision import choose_precision
-from lora_exp.process.device import choose_device
+from lora_exp.process.device import choose_device, hide_gpus
 from lora_exp.training.arguments import on_one_device
 from lora_exp.training.saving import _random_states
 from lora_exp.validation import validate
@@ -71,6 +71,7 @@ AUTO = [
         Machine("cuda", gpus=1, failure=TOO_OLD),
         "cpu: CUDA does not start: The NVIDIA driver on your system is too old (found version 11040).",
     ),
+    (Machine("cuda", gpus=0), "cpu: CUDA does not start: it shows no GPU"),
     (Machine("cuda", gpus=1), "cuda:0: a GPU, the GPU of this machine"),
     (Machine("cuda", gpus=3), "cuda:0: a GPU, the first of 3 GPUs; idle: cuda:1, cuda:2"),
     (Machine("mps"), "cpu: training on mps is untested; device=mps tries it"),
@@ -214,6 +215,7 @@ RANKS = [
     {"WORLD_SIZE": "16", "RANK": "0", "LOCAL_RANK": "0"},
     {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
     {"PMI_SIZE": "4", "PMI_RANK": "0"},
+    {"WORLD_SIZE": "1", "RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
 ]
 
 
@@ -252,6 +254,17 @@ def test_other_ranks_leave_the_word_to_the_first(tmp_path: Path) -> None:
 def test_a_world_of_one_is_no_world(tmp_path: Path) -> None:
     ended = command(tmp_path, "trainer.max_step=1", WORLD_SIZE="1", RANK="0")
     assert "did you mean trainer.max_steps?" in ended.stderr
+
+
+def test_a_run_on_a_cpu_hides_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `is_available()` says yes by NVML, and torch's optimisers start CUDA, which may fail."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    hide_gpus()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    hide_gpus()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1", "another job of this process has the GPU"
 
 
 def test_a_system_that_counts_no_peak_has_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
