@@ -35,7 +35,7 @@ SELECTED = {
     "bfloat16": ("trainer.bf16=true",),
     "float16": ("trainer.fp16=true",),
     "cpu": ("trainer=cpu",),
-    "cuda": ("trainer=default",),
+    "cuda": ("device=cuda",),
 }
 """The overrides that select a dtype and a device."""
 
