@@ -84,7 +84,7 @@ class Load:
 
 MODELS = {
     "tiny": Load(("model=tiny",), 30, 10),
-    "smollm2_135m": Load(("model=smollm2_135m", "trainer.per_device_train_batch_size=1"), 4, 2),
+    "smollm2_135m": Load(("model=smollm2_135m", "trainer.per_device_train_batch_size=1"), 2, 1),
 }
 
 
