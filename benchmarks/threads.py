@@ -168,12 +168,16 @@ Seconds = dict[str, list[float]]
 
 
 def measure(teams: Mapping[str, Sequence[Worker]], steps: int, rounds: int) -> Seconds:
-    """Let the settings train by turns, each round from another one on. Of two runs at once the later end counts."""
+    """Let the settings train by turns. Of two runs at once the later end counts.
+
+    What ran before changes the time of a setting by several percent, so each round starts from another setting, and
+    every other round goes backwards.
+    """
     names = list(teams)
     seconds: Seconds = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in (names[first:] + names[:first])[:: -1 if turn % 2 else 1]:
             for worker in teams[name]:
                 worker.ask(steps)
             seconds[name].append(max([worker.answer() for worker in teams[name]]) / steps)
