@@ -17,7 +17,7 @@ from lora_exp.recipes.dpo import DPO
 from lora_exp.recipes.sft import SFT
 from lora_exp.secrets.home import hide_unreadable_files
 from lora_exp.sweeps.question import FILE, Question
-from lora_exp.tracking.wandb import logged_in
+from lora_exp.tracking.wandb import logged_in, set_up
 
 NAME = "lora_exp"
 RECIPES: tuple[type[Recipe], ...] = (SFT, DPO)
@@ -59,7 +59,7 @@ def save_workspace(project: str, entity: str | None, axes: Sequence[str]) -> str
     if not logged_in():
         mend = "wandb login, or set WANDB_API_KEY"
         raise UserError("the workspace cannot be saved", [Problem("wandb", "nobody is logged in", mend)])
-    wandb.setup(wandb.Settings(silent=True))
+    set_up(wandb)
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
     try:

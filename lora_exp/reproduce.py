@@ -19,6 +19,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from lora_exp.config import CONF_DIR
 from lora_exp.errors import USER_ERROR_STATUS, Interrupted, Problem, UserError, print_user_error
+from lora_exp.process.ranks import require_one_process
 from lora_exp.process.start import start_process
 from lora_exp.process.threads import recorded_threads
 from lora_exp.provenance import data_file, git_state, sha256, versions
@@ -174,6 +175,7 @@ def main() -> None:
     arguments = parser.parse_args()
     register_resolvers()
     try:
+        require_one_process()
         sys.exit(reproduce(arguments.folder, arguments.output, arguments.anyway))
     except UserError as error:
         print_user_error(error)

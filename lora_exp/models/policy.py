@@ -203,7 +203,7 @@ def _quantization_config(quant: QuantConfig, precision: Precision) -> Any:
     arguments = quant.model_dump(by_alias=True, exclude_unset=True)
     if "bnb_4bit_compute_dtype" in arguments:
         arguments["bnb_4bit_compute_dtype"] = quant.bnb_4bit_compute_dtype or precision.dtype
-    return instantiate(arguments)
+    return instantiate(arguments, _convert_="all")
 
 
 def attach_adapter(base: Any, config: Config, precision: Precision, start: Path | None, scratch: Path) -> Policy:

@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer import utils
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 
 from lora_exp.recipes.divergence import ROWS, kl_per_token
 from lora_exp.recipes.totals import CarriedTotals
 
-SUM_NOISE, TOKEN_NOISE = 8, 1 / 16
+SUM_NOISE, TOKEN_NOISE, SCALE_NOISE = 8, 1 / 8, 4
 """How many rounding errors two computations of an answer's log-probability may lie apart, as a share of it: of its
-float32 sum, and of its tokens in the compute dtype, which mostly cancel. Measured in first steps: at most 0.4 and
-1/100."""
+float32 sum; of its tokens in the compute dtype, which mostly cancel; and of those with DoRA, which multiplies each
+output of a layer by a rounded number, so that they do not cancel. Measured in first steps: at most 1.1, 1/100, 1.6."""
 
 LEAST_SIZE = 30.0
 """Nats below which rounding no longer follows the log-probability: logits have such a size."""
 
 SIDES = ("chosen", "rejected")
+LOGGED = ("logps", "rewards")
 
 PAGES = 2 * 4096
 """Bytes that a row of a tile touches at least: it rarely begins and ends with a page."""
@@ -56,7 +57,7 @@ class _Adjusted:
     """
 
     def __init__(self, *, model: Any, **kwargs: Any) -> None:
-        given = {name: each.dtype for name, each in model.named_parameters() if each.requires_grad}
+        given = {name: each.data for name, each in model.named_parameters() if each.requires_grad}
         super().__init__(model=model, **kwargs)  # type: ignore[call-arg]
         if not self.args.bf16:  # type: ignore[attr-defined]
             give_back(model, given)
@@ -68,11 +69,11 @@ class _Adjusted:
         """Write no model card beside the checkpoints; PEFT writes one into the adapter."""
 
 
-def give_back(model: torch.nn.Module, given: Mapping[str, torch.dtype]) -> None:
-    """Give what trains the dtype that it had, by name."""
-    for name, dtype in given.items():
+def give_back(model: torch.nn.Module, given: Mapping[str, torch.Tensor]) -> None:
+    """Give what trains the numbers that it had, by name: narrowed ones cannot be widened again."""
+    for name, data in given.items():
         parameter = model.get_parameter(name)
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = data.to(parameter.device)
 
 
 class TokenizedSFTTrainer(_Adjusted, CarriedTotals, SFTTrainer):  # type: ignore[misc]
@@ -96,7 +97,11 @@ class TokenizedDPOTrainer(_Adjusted, CarriedTotals, DPOTrainer):  # type: ignore
         kwargs: DPOTrainer's other arguments.
     """
 
+    _first: dict[int, tuple[dict[str, Any], torch.Tensor]]
+    """By batch of the first step: the batch, and its log-probabilities by token."""
+
     def __init__(self, *, model: Any, reference: str, **kwargs: Any) -> None:
+        self._first = {}
         # The copy is made by adding an adapter with the same config and then copying the weights; with PiSSA's,
         # adding it would take a second part out of the base.
         lora = model.peft_config["default"]
@@ -121,24 +126,58 @@ class TokenizedDPOTrainer(_Adjusted, CarriedTotals, DPOTrainer):  # type: ignore
                 copy.data = copy.data.to(original.dtype)
                 copy.requires_grad_(False)
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Remember what the policy computes before the first step, where the reference is known by row."""
+        if self.state.global_step or not self.precompute_ref_logps or not self.model.training:
+            return super()._compute_loss(model, inputs, return_outputs)
+
+        def remembered(**kwargs: Any) -> Any:
+            output = model(**kwargs)
+            # Of a batch that several micro-batches share, the last output is whole.
+            self._first[id(inputs["ref_chosen_logps"])] = inputs, output.log_probs.detach()
+            return output
+
+        return super()._compute_loss(remembered, inputs, return_outputs)
+
     def difference_at_start(self, batch: dict[str, Any]) -> str | None:
         """Return how the rewards of the first step differ from those of a new adapter, which are 0; None if not.
 
-        TRL's rewards are beta times the log-ratios of answers, as a mean over a batch. A model that drops at random in
-        training differs from its reference anyway.
+        TRL's rewards are beta times the log-ratios of answers. A model that drops at random in training differs from
+        its reference anyway.
 
         Args:
             batch: One of the step.
         """
-        metrics = self._metrics["train"]
-        rewards = {side: fmean(metrics[f"rewards/{side}"]) for side in SIDES}
-        errors = SUM_NOISE * torch.finfo(torch.float32).eps + TOKEN_NOISE * self._rounding()
-        size = max(LEAST_SIZE, *(abs(fmean(metrics[f"logps/{side}"])) for side in SIDES))
-        noise = errors * self.beta * size
-        if all(abs(reward) <= noise for reward in rewards.values()) or self._computes_at_random(batch):
+        first, self._first = list(self._first.values()), {}
+        logps, ratios = self._by_row(first) if first else self._by_batch()
+        dora = any(each.use_dora for each in self.model.peft_config.values())
+        errors = SUM_NOISE * torch.finfo(torch.float32).eps
+        errors += (SCALE_NOISE if dora else TOKEN_NOISE) * self._rounding()
+        noise = errors * self.beta * logps.abs().clamp(min=LEAST_SIZE)
+        rewards = self.beta * ratios
+        if bool((rewards.abs() <= noise).all()) or self._computes_at_random(batch):
             return None
-        found = ", ".join(f"{side} {reward:.2g}" for side, reward in rewards.items())
-        return f"{found} in step 1, and 0 within {noise:.1g} is due: the adapter has not moved yet"
+        worst = (rewards.abs() / noise).argmax(dim=1)
+        found = ", ".join(f"{side} {rewards[number, worst[number]]:.2g}" for number, side in enumerate(SIDES))
+        return f"{found} in step 1, and 0 within {noise.max():.1g} is due: the adapter has not moved yet"
+
+    def _by_row(self, first: list[tuple[dict[str, Any], torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probabilities and log-ratios [2, N] of the step's pairs, chosen and rejected."""
+        # TRL sums them; of a model it takes nothing but its answer.
+        answers = [FusedCausalLMOutput(log_probs=each) for _, each in first]
+        logps = [
+            torch.stack(self.compute_ref_log_probs(lambda answer=answer, **_: answer, inputs))
+            for answer, (inputs, _) in zip(answers, first, strict=True)
+        ]
+        known = [torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]) for inputs, _ in first]
+        policy = torch.cat(logps, dim=1)
+        return policy, policy - torch.cat(known, dim=1).to(policy)
+
+    def _by_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same [2, 1] as means over the step, where TRL computed the reference in it."""
+        metrics = self._metrics["train"]
+        logps, rewards = (torch.tensor([[fmean(metrics[f"{name}/{side}"])] for side in SIDES]) for name in LOGGED)
+        return logps, rewards / self.beta
 
     def _computes_at_random(self, batch: dict[str, Any]) -> bool:
         """Whether two passes over a row differ; asked only where a difference was found. Costs no random number."""

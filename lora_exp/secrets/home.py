@@ -1,9 +1,11 @@
-"""Files in the user's home folder that libraries read. A run needs none: one that cannot be read is left out."""
+"""The user's own files that libraries read. A run needs none: one that cannot be read is left out."""
 
 from __future__ import annotations
 
+import errno
 import netrc
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -12,8 +14,9 @@ Found = TypeVar("Found")
 
 NETRC = "NETRC"
 TOKEN = "HF_TOKEN_PATH"  # noqa: S105 - the name of a variable
-WANDB = "WANDB_CONFIG_DIR"
-"""The variables that name the files to libraries: requests, pip and W&B; huggingface_hub; W&B."""
+WANDB, WANDB_HERE = "WANDB_CONFIG_DIR", "WANDB_DIR"
+"""The variables that name the files to libraries: requests, pip and W&B; huggingface_hub; W&B, for its settings of the
+user and of the working folder."""
 
 
 def netrc_passwords() -> dict[str, str]:
@@ -35,6 +38,7 @@ def hide_unreadable_files() -> list[str]:
         (NETRC, netrc_file(), _read_netrc),
         (TOKEN, token_file(), _read_text),
         (WANDB, wandb_settings(), _read_text),
+        (WANDB_HERE, wandb_settings_here(), _read_text),
     )
     notes = []
     for variable, file, read in looked_at:
@@ -66,6 +70,12 @@ def wandb_settings() -> Path:
     return _expanded(os.environ.get(WANDB) or "~/.config/wandb") / "settings"
 
 
+def wandb_settings_here() -> Path:
+    """Return W&B's settings of the working folder (`sdk/wandb_settings.py` of 0.31), whether or not they are there."""
+    root = _expanded(os.environ.get(WANDB_HERE) or "")
+    return root / (".wandb" if os.path.lexists(root / ".wandb") else "wandb") / "settings"
+
+
 def _expanded(path: str) -> Path:
     """Expand `~` and variables; `Path.expanduser` raises for a user without a home folder."""
     return Path(os.path.expandvars(os.path.expanduser(path)))  # noqa: PTH111
@@ -83,6 +93,7 @@ def _read_text(file: Path) -> str:
 def _look_at(file: Path, read: Callable[[Path], Found]) -> tuple[Found | None, str]:
     """Return what is in a file, or a note that says why it is left out; neither where there is no file."""
     try:
+        _require_no_pipe(file)
         return read(file), ""
     except (FileNotFoundError, NotADirectoryError):
         return None, ""
@@ -95,6 +106,17 @@ def _look_at(file: Path, read: Callable[[Path], Found]) -> tuple[Found | None, s
     return None, f"{_short(file)} is left out: {why}"
 
 
+def _require_no_pipe(file: Path) -> None:
+    """Check that reading ends: of a pipe, a socket or a terminal it may not.
+
+    Raises:
+        OSError: If it is one, or there is no such file.
+    """
+    mode = file.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or file.samefile(os.devnull)):
+        raise OSError(errno.EINVAL, "Not a regular file")
+
+
 def _undecodable_line(file: Path) -> int:
     """Return the number of the first line that is not UTF-8: the error knows its place in a block only."""
     lines = file.read_bytes().split(b"\n")
@@ -103,4 +125,4 @@ def _undecodable_line(file: Path) -> int:
 
 def _short(file: Path) -> str:
     home = _expanded("~")
-    return f"~/{file.relative_to(home)}" if file.is_relative_to(home) else str(file)
+    return str("~" / file.relative_to(home)) if file.is_relative_to(home) else str(file)

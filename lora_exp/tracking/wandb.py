@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import chdir, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
 from pydantic import Field
 
-from lora_exp.secrets.home import netrc_passwords
+from lora_exp.secrets.home import WANDB_HERE, netrc_passwords
 from lora_exp.tracking.base import ActiveRun, Ending, RunInfo, Tracker, by_split
 from lora_exp.tracking.kept import kept_id, logged_before
 
@@ -96,7 +98,7 @@ class Wandb(Tracker):
         import wandb
         from wandb.sdk.lib.runid import generate_id
 
-        wandb.setup(wandb.Settings(silent=True))  # of the process: a login speaks before there is a run
+        set_up(wandb)
         run_id = kept_id(info, self.label, generate_id())
         mode, why = self._mode()
         try:
@@ -106,7 +108,7 @@ class Wandb(Tracker):
                 raise
             mode, why = "offline", _remember(str(error).splitlines()[0])
             wandb.teardown(exit_code=1)  # its process keeps the id of a run that could not be opened
-            wandb.setup(wandb.Settings(silent=True))
+            set_up(wandb)
             run = self._open(wandb, info, mode, run_id)
         run.define_metric("train/global_step")
         run.define_metric("*", step_metric="train/global_step")
@@ -163,6 +165,17 @@ class Wandb(Tracker):
         if from_environment := os.environ.get("WANDB_MODE"):
             return from_environment, f"WANDB_MODE={from_environment}"
         return ("online", "logged in") if logged_in() else ("offline", "not logged in")
+
+
+def set_up(wandb: Any) -> None:
+    """Start W&B in this process, silently: a login speaks before there is a run.
+
+    It reads its settings of the working folder whatever a variable says (`sdk/wandb_setup.py` of 0.31), so it starts in
+    another folder where they cannot be read.
+    """
+    hidden = os.environ.get(WANDB_HERE) == os.devnull
+    with chdir(tempfile.gettempdir()) if hidden else nullcontext():
+        wandb.setup(wandb.Settings(silent=True))
 
 
 def _remove_earlier(folder: Path, run: Any) -> None:

@@ -239,6 +239,21 @@ def test_a_policy_that_does_not_start_at_its_reference_ends_the_run(tmp_path: Pa
     assert "store clear" in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", ["false", "true"])
+def test_references_of_other_rows_are_noticed_where_the_mean_is_right(tmp_path: Path, dtype: str) -> None:
+    trainer = trainer_of(
+        tmp_path, *DPO, "trainer.max_steps=3", f"trainer.bf16={dtype}", "trainer.gradient_accumulation_steps=2"
+    )
+    known = trainer.train_dataset["ref_chosen_logps"]
+    other = [value + (5.0 if number % 2 else -5.0) for number, value in enumerate(known)]
+    trainer.train_dataset = trainer.train_dataset.remove_columns("ref_chosen_logps").add_column(
+        "ref_chosen_logps", other
+    )
+    trainer._get_train_sampler = lambda *_: range(len(other))  # two rows a batch, in which the changes cancel
+    with pytest.raises(UserError, match="do not start alike"):
+        trainer.train()
+
+
 def test_a_base_in_float32_that_is_rounded_to_bf16_is_noticed(tmp_path: Path) -> None:
     """The size of fault that this check is for: one layer of the policy computes in fewer bits than the reference."""
     trainer = trainer_of(tmp_path, *DPO, "trainer.max_steps=3", "quant=8bit")

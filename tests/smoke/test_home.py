@@ -13,7 +13,8 @@ import pytest
 from tests.smoke.test_safety import TRAINS
 
 NOTE = "~/.netrc is left out: it is not UTF-8 text (line 2)"
-WITHOUT = ("NETRC", "HF_HOME", "HF_TOKEN_PATH", "WANDB_API_KEY", "WANDB_MODE")
+NOTE_HERE = "wandb/settings is left out: it is not UTF-8 text (line 2)"
+WITHOUT = ("WANDB_DIR", "NETRC", "HF_HOME", "HF_TOKEN_PATH", "WANDB_API_KEY", "WANDB_MODE")
 
 
 def lora_exp(home: Path, cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +44,6 @@ def home(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "environment", "folders"),
     [
-        (["tracker=none", "output_dir=run"], {}, ["run"]),
         (["tracker=wandb", "output_dir=run"], {"WANDB_MODE": "offline"}, ["run"]),
         (["tracker=wandb", "tracker.mode=online", "output_dir=run"], {"WANDB_BASE_URL": "http://127.0.0.1:9"}, ["run"]),
         (
@@ -52,14 +52,17 @@ def home(tmp_path: Path) -> Path:
             ["multirun/two/seed=1", "multirun/two/seed=2"],
         ),
     ],
-    ids=["no tracker", "wandb offline", "wandb online without a key", "sweep"],
+    ids=["wandb offline", "wandb online without a key", "sweep"],
 )
-def test_a_netrc_that_is_not_utf_8_is_left_out_with_one_note(
+def test_files_that_are_not_utf_8_are_left_out_with_one_note_each(
     home: Path, tmp_path: Path, arguments: list[str], environment: dict[str, str], folders: list[str]
 ) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_bytes(b"[default]\nentity = andr\xe9\n")
     done = lora_exp(home, tmp_path, "lora_exp", *arguments, *TRAINS, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (done.stdout + done.stderr).count(NOTE) == 1
+    for note in (NOTE, NOTE_HERE):
+        assert (done.stdout + done.stderr).count(note) == 1
     for folder in folders:
         assert json.loads((tmp_path / folder / "run.json").read_text())["status"] == "finished"
     if "tracker=wandb" in arguments:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lora_exp.recipes.trl import give_back
 from tests.engines import (
@@ -23,7 +24,7 @@ from tests.engines import (
     told,
     write_rows,
 )
-from tests.runs import build_trainer
+from tests.runs import build_trainer, run_in
 
 QUANTS = ("none", "8bit", "4bit")
 RECIPES = ("sft", "dpo")
@@ -138,12 +139,30 @@ def test_adapters_are_float32_unless_a_run_computes_in_bf16(
     """fp16 trains on GPUs alone, so its part is done by hand here, on a trainer that has bf16 adapters."""
     trainer = build("recipe=dpo", f"quant={quant}", f"trainer.bf16={str(dtype != 'float32').lower()}").padded
     if dtype == "float16":
-        trained = [name for name, each in trainer.model.named_parameters() if each.requires_grad]
-        give_back(trainer.model, dict.fromkeys(trained, torch.float32))
+        trained = {name: each.data.float() for name, each in trainer.model.named_parameters() if each.requires_grad}
+        give_back(trainer.model, trained)
     trained = {each.dtype for each in trainer.model.parameters() if each.requires_grad}
     assert trained == {torch.float32}
     kept = {each.dtype for each in trainer.model.parameters() if not each.requires_grad}
     assert (kept & {torch.int8, torch.uint8} != set()) == (quant != "none")
+
+
+@pytest.mark.parametrize("quant", ["8bit", "4bit"])
+def test_an_adapter_in_float32_keeps_its_numbers_in_a_run_on_top_of_it(tmp_path: Path, quant: str) -> None:
+    short = ["tracker=none", "trainer=cpu", "trainer.bf16=false", f"quant={quant}", "samples.num_prompts=0"]
+    short += ["trainer.eval_strategy=no", "trainer.max_steps=2", "recipe.max_length=64"]
+    start = run_in(tmp_path / "sft", ["recipe=sft", "trainer.learning_rate=1e-2", *short]).folder / "adapter"
+    saved = load_file(start / "adapter_model.safetensors")
+    for recipe in RECIPES:
+        trainer = build_trainer(tmp_path / recipe, [f"recipe={recipe}", f"model.adapter={start}", *short])
+        trained = {
+            name.replace(".default", ""): each.detach().clone()
+            for name, each in trainer.model.named_parameters()
+            if each.requires_grad
+        }
+        assert trained.keys() == saved.keys()
+        assert all(torch.equal(trained[name], saved[name]) for name in saved)
+    trainer.train()  # DPO, whose policy starts at its reference
 
 
 @pytest.fixture

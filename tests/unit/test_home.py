@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora_exp.secrets import masking
-from lora_exp.secrets.home import hide_unreadable_files, hub_token, netrc_passwords, wandb_settings
+from lora_exp.secrets.home import hide_unreadable_files, hub_token, netrc_passwords, wandb_settings, wandb_settings_here
 from lora_exp.secrets.masking import masked
 from lora_exp.tracking.wandb import logged_in
 
@@ -23,6 +23,7 @@ VARIABLES = (
     "HF_HOME",
     "XDG_CACHE_HOME",
     "WANDB_CONFIG_DIR",
+    "WANDB_DIR",
     "WANDB_API_KEY",
     "WANDB_BASE_URL",
 )
@@ -116,6 +117,24 @@ def test_a_user_without_a_home_folder_is_no_error(home: Path, monkeypatch: pytes
         Path.home()
     assert masked("a text") == "a text"
     assert hide_unreadable_files() == []
+
+
+@pytest.mark.parametrize("name", [".netrc", TOKEN, SETTINGS])
+def test_a_pipe_is_not_waited_for(home: Path, name: str) -> None:
+    (home / name).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(home / name)
+    assert hide_unreadable_files() == [f"~/{name} is left out: it cannot be read: Not a regular file"]
+    assert (netrc_passwords(), hub_token()) == ({}, "")
+
+
+@pytest.mark.parametrize("folder", ["wandb", ".wandb"])
+def test_settings_of_wandb_in_the_working_folder_are_left_out_too(
+    home: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(home)
+    write(home / folder / "settings", b"[default]\nentity = \xe9")
+    assert hide_unreadable_files() == [f"{folder}/settings is left out: it is not UTF-8 text (line 2)"]
+    assert not wandb_settings_here().exists()
 
 
 @given(content=st.binary() | st.text().map(str.encode))
