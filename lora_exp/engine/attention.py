@@ -169,12 +169,21 @@ def packed_attention(
     if refused:
         raise NotImplementedError(f"its attention uses {', '.join(refused)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (_as_autocast(each) for each in (query, key, value))
     if flex.suits(query):
         mask = layout.flex_mask(sliding_window)
         attended_by_kernel, _ = flex_attention_forward(module, query, key, value, mask, scaling=scale)
         return attended_by_kernel, None
     rows = (each[0].transpose(0, 1) for each in (query, key, value))
     return _BlockAttention.apply(*rows, layout.blocks(sliding_window), scale)[None], None
+
+
+def _as_autocast(part: torch.Tensor) -> torch.Tensor:
+    """Return it in the dtype in which autocast has torch's own attention compute: a float32 base gives several."""
+    device = part.device.type
+    if part.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return part
+    return part.to(torch.get_autocast_dtype(device))
 
 
 def use_packed_attention(base: Any) -> None:

@@ -189,3 +189,19 @@ def test_biases_that_train_keep_the_dtype_of_their_base(tmp_path: Path, engine: 
     }
     assert dtypes == {"weight": torch.float32, "bias": torch.bfloat16}
     assert trainer.train().training_loss > 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_float32_base_is_packed_in_a_bf16_run(tmp_path: Path, recipe: str) -> None:
+    """Autocast narrows what a layer multiplies; the attention then has numbers of several dtypes."""
+    short = [f"recipe={recipe}", "tracker=none", "trainer=cpu", "trainer.bf16=true", "model.dtype=float32"]
+    short += ["trainer.max_steps=3", "trainer.learning_rate=1e-2", "trainer.warmup_steps=0", "trainer.logging_steps=1"]
+    short += ["samples.num_prompts=0", "trainer.eval_strategy=no", "trainer.save_strategy=no", "recipe.max_length=64"]
+    losses = {}
+    for engine in ENGINES:
+        trainer = build_trainer(tmp_path / engine, [*short, f"engine={engine}"])
+        assert hasattr(trainer, "packed_forward") == (engine == "packed")
+        trainer.train()
+        losses[engine] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses["packed"]) == 3
+    assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-2)
