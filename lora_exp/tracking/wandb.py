@@ -146,7 +146,7 @@ class Wandb(Tracker):
             tags=self.tags,
             notes=self.notes,
             config={**info.config, **{f"sweep/{axis}": value for axis, value in info.axes.items()}},
-            dir=str(info.folder),
+            dir=str(info.folder.absolute()),  # the process of W&B may have another working folder
             mode=mode,
             reinit="create_new",
             settings=settings,
