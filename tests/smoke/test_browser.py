@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.smoke.test_multirun import lora_exp
+from tests.forked import ForkServer
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-headless-shell", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -18,11 +18,11 @@ SCHEMES = {"light": [], "dark": ["--blink-settings=preferredColorScheme=0"]}
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sweep(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("sweep")
     more = ["trainer.max_steps=3", "recipe.max_length=128", "samples.max_new_tokens=4", "trainer.eval_on_start=true"]
     grid = ["recipe=dpo", "recipe.beta=0.05,0.5", "trainer.learning_rate=1e-3,4e-3", "tracker=none"]
-    done = lora_exp("-m", "sweep.name=grid", *grid, *more, cwd=cwd)
+    done = fork_server.run("-m", "sweep.name=grid", *grid, *more, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd / "multirun" / "grid"
 

@@ -1,4 +1,7 @@
-"""The commands that the README shows run as written, from a clone and from an installed wheel."""
+"""The commands that the README shows run as written, from a clone and from an installed wheel.
+
+Those of `python -m lora_exp` have their imports behind them; the wheel's is a process as a user starts it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import ForkServer
 from tests.runs import Finished
 
 ROOT = Path(__file__).parents[2]
@@ -64,12 +67,15 @@ def folder(tmp_path: Path, finished: Finished) -> Path:
 
 
 @pytest.mark.parametrize("command", QUICK)
-def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
+def test_a_command_of_the_readme_runs(command: str, folder: Path, fork_server: ForkServer) -> None:
     command = re.sub(r"outputs/<[^>]*>", "outputs/run", command)
-    trains = command.startswith("python -m lora_exp ") or command == "python -m lora_exp"
-    more = SHORT if trains and "--" not in command else []
-    more = ["trainer.max_steps=2"] if "resume=" in command else more
-    done = run(command, folder, *more)
+    module, *words = command.split()[2:]
+    if module == "lora_exp":
+        more = SHORT if "--" not in command else []
+        more = ["trainer.max_steps=2"] if "resume=" in command else more
+        done = fork_server.run(*words, *more, cwd=folder, WANDB_MODE="offline")
+    else:
+        done = run(command, folder)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     assert "Traceback" not in done.stderr
@@ -99,12 +105,13 @@ def test_the_wheel_composes_and_trains_in_another_folder(tmp_path: Path) -> None
         archive.extractall(site)
     done = run("python -m lora_exp", cwd, *SHORT, "output_dir=here", PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     assert json.loads((cwd / "here" / "run.json").read_text())["status"] == "finished"
     shown = run("python -m lora_exp --help", cwd, PYTHONPATH=str(site)).stdout
     assert str(site) in shown, "the configs of the wheel, not of the clone"
 
 
-def test_a_run_that_was_killed_goes_on_with_resume_alone(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on_with_resume_alone(fork_server: ForkServer, tmp_path: Path) -> None:
     schedule = [
         "trainer.max_steps=40",
         "trainer.save_strategy=steps",
@@ -112,22 +119,22 @@ def test_a_run_that_was_killed_goes_on_with_resume_alone(tmp_path: Path) -> None
         "trainer.eval_strategy=no",
     ]
     more = ["tracker=none", "samples.num_prompts=0", "recipe.max_length=128", "trainer.logging_steps=1"]
-    command = [sys.executable, "-m", "lora_exp", "output_dir=run", *schedule, *more]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "log"
+    process = fork_server.start("output_dir=run", *schedule, *more, cwd=tmp_path, stdout=log, stderr=log)
     checkpoints = tmp_path / "run" / "checkpoints"
     while process.poll() is None and not (checkpoints / "checkpoint-4" / "trainer_state.json").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (tmp_path / "run" / "adapter").exists(), (
         "it must be killed before its end for this test to mean anything"
     )
 
-    refused = run("python -m lora_exp output_dir=run", tmp_path)
+    refused = fork_server.run("output_dir=run", cwd=tmp_path, WANDB_MODE="offline")
     assert refused.returncode == 2
     assert "go on with resume=run" in refused.stderr
 
-    done = run("python -m lora_exp resume=run", tmp_path)
+    done = fork_server.run("resume=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -135,15 +142,15 @@ def test_a_run_that_was_killed_goes_on_with_resume_alone(tmp_path: Path) -> None
     assert [line["step"] for line in steps if "loss" in line] == list(range(1, 41))
 
 
-def test_a_run_with_configs_of_ones_own_goes_on_with_resume_alone(tmp_path: Path) -> None:
+def test_a_run_with_configs_of_ones_own_goes_on_with_resume_alone(fork_server: ForkServer, tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     ours = "# @package _global_\ndefaults:\n  - override /recipe: dpo\nrecipe:\n  beta: 0.3\n"
     (tmp_path / "mine" / "experiment" / "ours.yaml").write_text(ours)
-    first = run("python -m lora_exp --config-dir mine experiment=ours output_dir=run", tmp_path, *SHORT)
+    first = fork_server.run("--config-dir", "mine", "experiment=ours", "output_dir=run", *SHORT, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    resumed = run("python -m lora_exp resume=run trainer.max_steps=2", tmp_path)
+    resumed = fork_server.run("resume=run", "trainer.max_steps=2", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "beta: 0.3" in (tmp_path / "run" / "config.yaml").read_text()
-    changed = run("python -m lora_exp resume=run recipe.beta=0.9", tmp_path)
+    changed = fork_server.run("resume=run", "recipe.beta=0.9", cwd=tmp_path)
     assert changed.returncode == 2
     assert "recipe.beta: was 0.3" in changed.stderr

@@ -5,31 +5,14 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forked import ForkServer
+
 JOB = ["trainer.max_steps=2", "trainer.logging_steps=1", "samples.num_prompts=1", "samples.max_new_tokens=4"]
-
-
-def lora_exp(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lora_exp", *arguments],
-        cwd=cwd,
-        # A home of its own: whoever is logged in to W&B must not see test runs there.
-        env={
-            "HOME": str(cwd),
-            **{key: os.environ[key] for key in os.environ if not key.startswith(("WANDB_", "HOME"))},
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
 
 
 def offline_records(folder: Path) -> list[Any]:
@@ -64,10 +47,10 @@ def logged_keys(records: list[Any]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
+def sweep(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
     cwd = tmp_path_factory.mktemp("sweep")
     grid = ["recipe=dpo", "recipe.beta=0.05,0.1", "recipe.max_length=128,256"]
-    done = lora_exp("-m", *grid, *JOB, cwd=cwd, WANDB_MODE="offline")
+    done = fork_server.run("-m", *grid, *JOB, cwd=cwd, WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     return sorted(path.parent for path in cwd.glob("multirun/*/*/*/run.json")), done.stdout + done.stderr
 
@@ -112,10 +95,10 @@ def test_what_the_user_sees_has_no_warning(sweep: tuple[list[Path], str]) -> Non
     assert "kernels" not in output
 
 
-def test_memory_does_not_grow_from_job_to_job(tmp_path: Path) -> None:
+def test_memory_does_not_grow_from_job_to_job(fork_server: ForkServer, tmp_path: Path) -> None:
     """Peak of each job by its own counter; the first two pay for imports and allocator pools."""
     betas = "recipe.beta=" + ",".join(f"0.{digit}" for digit in range(1, 9))
-    done = lora_exp("-m", "recipe=dpo", betas, "tracker=none", "recipe.max_length=256", *JOB, cwd=tmp_path)
+    done = fork_server.run("-m", "recipe=dpo", betas, "tracker=none", "recipe.max_length=256", *JOB, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folders = sorted(tmp_path.glob("multirun/*/*/*/run.json"))
     peaks = [json.loads(path.read_text())["peak_memory_bytes"] for path in folders]
@@ -147,8 +130,8 @@ def test_nothing_of_a_job_is_alive_after_it(tmp_path: Path) -> None:
     assert dict(os.environ) == environment
 
 
-def test_a_job_that_fails_spares_the_rest_and_exits_2(tmp_path: Path) -> None:
-    done = lora_exp("-m", "data.train_file=null,missing.jsonl", "tracker=none", *JOB, cwd=tmp_path)
+def test_a_job_that_fails_spares_the_rest_and_exits_2(fork_server: ForkServer, tmp_path: Path) -> None:
+    done = fork_server.run("-m", "data.train_file=null,missing.jsonl", "tracker=none", *JOB, cwd=tmp_path)
     assert done.returncode == 2
     assert "missing.jsonl: there is no such file" in done.stderr
     assert "Traceback" not in done.stderr
@@ -156,8 +139,8 @@ def test_a_job_that_fails_spares_the_rest_and_exits_2(tmp_path: Path) -> None:
     assert sorted(statuses) == ["failed", "finished"]
 
 
-def test_fail_fast_stops_at_the_first(tmp_path: Path) -> None:
-    done = lora_exp(
+def test_fail_fast_stops_at_the_first(fork_server: ForkServer, tmp_path: Path) -> None:
+    done = fork_server.run(
         "-m", "data.train_file=missing.jsonl,null", "sweep.fail_fast=true", "tracker=none", *JOB, cwd=tmp_path
     )
     assert done.returncode == 2
@@ -166,16 +149,18 @@ def test_fail_fast_stops_at_the_first(tmp_path: Path) -> None:
     assert json.loads(run.read_text())["status"] == "failed"
 
 
-def test_a_failed_run_is_a_failed_wandb_run(tmp_path: Path) -> None:
-    done = lora_exp("+trainer.optim_args=nonsense", "recipe=sft", *JOB, f"output_dir={tmp_path}/run", cwd=tmp_path)
+def test_a_failed_run_is_a_failed_wandb_run(fork_server: ForkServer, tmp_path: Path) -> None:
+    done = fork_server.run(
+        "+trainer.optim_args=nonsense", "recipe=sft", *JOB, f"output_dir={tmp_path}/run", cwd=tmp_path
+    )
     assert done.returncode != 0
     exits = [record.exit.exit_code for record in offline_records(tmp_path / "run") if record.HasField("exit")]
     assert exits == [1]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
-def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
-    done = lora_exp("tracker.mode=online", *JOB, "output_dir=run", cwd=tmp_path, WANDB_BASE_URL="not a url")
+def test_a_tracker_that_fails_does_not_end_the_run(fork_server: ForkServer, tmp_path: Path) -> None:
+    done = fork_server.run("tracker.mode=online", *JOB, "output_dir=run", cwd=tmp_path, WANDB_BASE_URL="not a url")
     assert done.returncode == 0, done.stderr
     assert "wandb failed" in done.stdout
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"

@@ -9,6 +9,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +22,7 @@ from lora_exp.config import CONF_DIR
 from lora_exp.errors import UserError
 from lora_exp.models.embedded import build
 from lora_exp.training.integrity import seal
+from tests.forked import ForkServer
 from tests.runs import Finished, composed, run_in
 from tests.smoke.test_training import SHORT
 
@@ -39,16 +42,13 @@ TAKEN = ["tracker.notes='with ${oc.env:MY_SERVICE_TOKEN}'", 'tracker.tags=[a,"${
 """Secrets that the config takes from the environment."""
 
 
-def lora_exp(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=cwd,
-        env={**os.environ, **PLANTED, "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
+LoraExp = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def lora_exp(fork_server: ForkServer, tmp_path: Path) -> LoraExp:
+    """Run `python -m lora_exp` in the test's folder, with the secrets in its environment."""
+    return partial(fork_server.run, cwd=tmp_path, **PLANTED, WANDB_MODE="offline")
 
 
 def leaks(folder: Path, said: str) -> list[str]:
@@ -65,17 +65,25 @@ def leaks(folder: Path, said: str) -> list[str]:
     return [f"{value} in {place}" for value in spelled for place, text in texts.items() if value.encode() in text]
 
 
-def test_no_planted_secret_is_in_anything_that_a_run_writes(tmp_path: Path) -> None:
-    done = lora_exp("lora_exp", "output_dir=run", *TRAINS, *TAKEN, cwd=tmp_path)
+def test_no_planted_secret_is_in_anything_that_a_run_writes(lora_exp: LoraExp, tmp_path: Path) -> None:
+    done = lora_exp("output_dir=run", *TRAINS, *TAKEN)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert leaks(tmp_path, done.stdout + done.stderr) == []
     assert "${oc.env:MY_SERVICE_TOKEN}" in (tmp_path / "run" / "config.yaml").read_text()
 
-    again = lora_exp("lora_exp.reproduce", "run", cwd=tmp_path)
+    again = subprocess.run(
+        [sys.executable, "-m", "lora_exp.reproduce", "run"],
+        cwd=tmp_path,
+        env={**os.environ, **PLANTED, "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert (tmp_path / "run-reproduced" / ".hydra" / "overrides.yaml").is_file(), "what resume= reads"
-    resumed = lora_exp("lora_exp", "resume=run", "trainer.max_steps=2", cwd=tmp_path)
+    resumed = lora_exp("resume=run", "trainer.max_steps=2")
     assert resumed.returncode == 0, resumed.stderr
     assert leaks(tmp_path, resumed.stdout + resumed.stderr + again.stdout + again.stderr) == []
 
@@ -88,31 +96,31 @@ def test_no_planted_secret_is_in_anything_that_a_run_writes(tmp_path: Path) -> N
     ],
     ids=["path", "data_files"],
 )
-def test_no_planted_secret_is_in_anything_that_a_failed_run_writes(tmp_path: Path, data: list[str]) -> None:
+def test_no_planted_secret_is_in_anything_that_a_failed_run_writes(
+    lora_exp: LoraExp, tmp_path: Path, data: list[str]
+) -> None:
     rest = ["data=hub", "data.val_split=null", "trainer.eval_strategy=no", "objective=train_loss"]
-    done = lora_exp("lora_exp", "output_dir=run", *TRAINS, *data, *rest, cwd=tmp_path)
+    done = lora_exp("output_dir=run", *TRAINS, *data, *rest)
     assert done.returncode == 2, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert "me:${oc.env:DATA_PASSWORD}@" in (tmp_path / "run" / "config.yaml").read_text()
     assert leaks(tmp_path, done.stdout + done.stderr) == []
 
 
-def test_no_planted_secret_is_in_an_error_of_the_system(tmp_path: Path) -> None:
+def test_no_planted_secret_is_in_an_error_of_the_system(lora_exp: LoraExp, tmp_path: Path) -> None:
     store = "store.path='/dev/null/${oc.env:CLIENT_SECRET}/x'"  # an error of the system, which names the path
-    done = lora_exp("lora_exp", "output_dir=store", "recipe=dpo", *TRAINS, store, cwd=tmp_path)
+    done = lora_exp("output_dir=store", "recipe=dpo", *TRAINS, store)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "${oc.env:CLIENT_SECRET}" in done.stderr
     assert leaks(tmp_path, done.stdout + done.stderr) == []
 
 
-def test_a_secret_in_the_command_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_secret_in_the_command_is_refused_before_anything_is_written(lora_exp: LoraExp, tmp_path: Path) -> None:
     for multirun in ([], ["-m", "seed=1,2"]):
         done = lora_exp(
-            "lora_exp",
             *multirun,
             f"+trainer.hub_token={PLANTED['HF_TOKEN']}",
             "tracker.notes=hf_" + "x" * 20,
-            cwd=tmp_path,
         )
         assert done.returncode == 2
         assert "trainer.hub_token: is a secret by its name" in done.stderr
@@ -278,12 +286,12 @@ def test_no_name_at_a_tracker_leads_out_of_the_run_folder_and_no_tracker_keeps_a
 @pytest.mark.parametrize(
     "link", ["metrics.jsonl", "checkpoints", ".hydra", "wandb", "adapter", "checkpoints/checkpoint-1"]
 )
-def test_a_link_out_of_the_folder_is_refused_and_not_followed(tmp_path: Path, link: str) -> None:
+def test_a_link_out_of_the_folder_is_refused_and_not_followed(lora_exp: LoraExp, tmp_path: Path, link: str) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / "run" / link).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "run" / link).symlink_to(elsewhere)
-    done = lora_exp("lora_exp", "output_dir=run", *TRAINS, cwd=tmp_path)
+    done = lora_exp("output_dir=run", *TRAINS)
     assert done.returncode == 2
     assert f"run/{link}: is a link that leads out of the run folder" in done.stderr
     assert list(elsewhere.iterdir()) == []
@@ -300,8 +308,8 @@ def test_a_folder_that_is_itself_a_link_is_as_good_as_any(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/x", "..", "a\\b"])
-def test_the_name_of_a_sweep_is_no_path(tmp_path: Path, name: str) -> None:
-    done = lora_exp("lora_exp", "-m", f"sweep.name='{name}'", "seed=1,2", cwd=tmp_path)
+def test_the_name_of_a_sweep_is_no_path(lora_exp: LoraExp, tmp_path: Path, name: str) -> None:
+    done = lora_exp("-m", f"sweep.name='{name}'", "seed=1,2")
     assert done.returncode == 2
     assert "sweep.name" in done.stderr
     assert list(tmp_path.iterdir()) == []

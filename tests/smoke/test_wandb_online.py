@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.smoke.test_multirun import JOB, lora_exp
+from tests.forked import ForkServer
+from tests.smoke.test_multirun import JOB
 from tests.wandb_server import ENTITY, StoredRun, WandbServer
 
 GRID = ["-m", "sweep.name=grid", "recipe=dpo", "recipe.beta=0.05,0.1", "tracker.tags=[small,tested]"]
@@ -48,25 +49,25 @@ class Outcome:
         return run
 
 
-def online(cwd: Path, server: WandbServer, *arguments: str, **environment: str) -> Outcome:
+def online(fork: ForkServer, cwd: Path, server: WandbServer, *arguments: str, **environment: str) -> Outcome:
     """Run the command while the server listens."""
     with server:
         told = {**server.environment, "WANDB_HTTP_TIMEOUT": "2", **environment}
-        done = lora_exp(*arguments, "tracker=wandb", "tracker.mode=online", *JOB, cwd=cwd, **told)
+        done = fork.run(*arguments, "tracker=wandb", "tracker.mode=online", *JOB, cwd=cwd, **told)
     return Outcome(done, cwd, server)
 
 
-def closed(cwd: Path) -> Outcome:
+def closed(fork: ForkServer, cwd: Path) -> Outcome:
     """Run a sweep whose server is down: the port is taken and nobody listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        return online(cwd, WandbServer(), *GRID, *SHORT, WANDB_BASE_URL=url)
+        return online(fork, cwd, WandbServer(), *GRID, *SHORT, WANDB_BASE_URL=url)
 
 
-def offline_then_sync(cwd: Path) -> Outcome:
+def offline_then_sync(fork: ForkServer, cwd: Path) -> Outcome:
     """Run the sweep offline, then enter each line that it printed for later, and the one of the leaderboard."""
-    done = lora_exp(*GRID, "tracker.log_adapter=true", "tracker=wandb", "tracker.mode=offline", *JOB, cwd=cwd)
+    done = fork.run(*GRID, "tracker.log_adapter=true", "tracker=wandb", "tracker.mode=offline", *JOB, cwd=cwd)
     lines = re.findall(r"later: (wandb sync .*)", done.stdout)
     assert len(lines) == len(TRIALS), done.stdout + done.stderr
     return synced(Outcome(done, cwd, WandbServer()), *lines, "wandb sync multirun/grid/wandb/offline-run-*")
@@ -82,23 +83,23 @@ def synced(outcome: Outcome, *lines: str) -> Outcome:
     return Outcome(outcome.done, outcome.cwd, server)
 
 
-COMMANDS: dict[str, Callable[[Path], Outcome]] = {
-    "well": lambda cwd: online(cwd, WandbServer(), *GRID, "tracker.log_adapter=true"),
+COMMANDS: dict[str, Callable[[ForkServer, Path], Outcome]] = {
+    "well": lambda fork, cwd: online(fork, cwd, WandbServer(), *GRID, "tracker.log_adapter=true"),
     "offline": offline_then_sync,
     "closed": closed,
-    "failing trial": lambda cwd: online(cwd, WandbServer(), *SINGLE, "+trainer.optim_args=nonsense"),
-    "errors": lambda cwd: online(cwd, WandbServer("errors"), "recipe=sft", "output_dir=run", *SHORT),
-    "silent": lambda cwd: online(cwd, WandbServer("silent"), *SINGLE, *SHORT),
-    "dies": lambda cwd: online(cwd, WandbServer(after_start="silent"), *SINGLE, *SHORT),
+    "failing trial": lambda fork, cwd: online(fork, cwd, WandbServer(), *SINGLE, "+trainer.optim_args=nonsense"),
+    "errors": lambda fork, cwd: online(fork, cwd, WandbServer("errors"), "recipe=sft", "output_dir=run", *SHORT),
+    "silent": lambda fork, cwd: online(fork, cwd, WandbServer("silent"), *SINGLE, *SHORT),
+    "dies": lambda fork, cwd: online(fork, cwd, WandbServer(after_start="silent"), *SINGLE, *SHORT),
 }
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def outcome(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return what each command came to; two run at a time, because they mostly import and wait."""
     with ThreadPoolExecutor(2) as pool:
         started: dict[str, Future[Outcome]] = {
-            name: pool.submit(command, tmp_path_factory.mktemp(name.replace(" ", "-")))
+            name: pool.submit(command, fork_server, tmp_path_factory.mktemp(name.replace(" ", "-")))
             for name, command in COMMANDS.items()
         }
         yield lambda name: started[name].result()
