@@ -24,6 +24,33 @@ def linear_layers(model: Any) -> list[str]:
     ]
 
 
+def quantised_layers(model: Any, kept: Sequence[str] | None) -> list[str]:
+    """Return the full names of the linear layers that transformers would quantise.
+
+    Args:
+        model: A causal language model from transformers, before it is quantised.
+        kept: `quant.llm_int8_skip_modules`, for 4 bits too. It replaces transformers' own list, which is the head.
+
+    Raises:
+        UserError: If the head is among them: both engines multiply with its weight as it is stored.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    head = _head(model)
+    if kept is not None and head and should_convert_module(head, list(kept)):
+        names = ",".join([head, *kept])
+        what = f"leaves out {head}, the output layer, which cannot be quantised"
+        mend = f"+quant.llm_int8_skip_modules=[{names}]"
+        raise UserError("the model cannot be quantised so", [Problem("quant.llm_int8_skip_modules", what, mend)])
+    return [name for name in linear_layers(model) if should_convert_module(name, kept)]
+
+
+def _head(model: Any) -> str:
+    """Return the full name of the output layer; empty where there is none."""
+    head = model.get_output_embeddings()
+    return next((name for name, part in model.named_modules() if part is head), "")
+
+
 def uses_conv1d(model: Any, names: Sequence[str]) -> bool:
     """Whether these layers keep their weight as (in, out), which PEFT calls `fan_in_fan_out`."""
     from transformers.pytorch_utils import Conv1D
@@ -45,8 +72,7 @@ def choose_targets(model: Any, wanted: Sequence[str] | str) -> list[str]:
     layers = linear_layers(model)
     endings = sorted({name.rpartition(".")[2] for name in layers})
     if wanted == "auto":
-        head = next((name for name, part in model.named_modules() if part is model.get_output_embeddings()), "")
-        return layers if head.rpartition(".")[2] in endings else endings
+        return layers if _head(model).rpartition(".")[2] in endings else endings
     if not wanted:
         raise UserError("there is nothing to adapt", [Problem("lora.target_modules", "names no layer", "auto")])
     if isinstance(wanted, str):

@@ -16,7 +16,7 @@ from lora_exp.config import Config
 from lora_exp.engine.dropout import drops
 from lora_exp.models.policy import lora_config, refused_layers, told_if_it_needs_code
 from lora_exp.models.precision import Precision
-from lora_exp.models.targets import linear_layers
+from lora_exp.models.targets import quantised_layers
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def build_twin(config: Config, structure: Any, precision: Precision, start: Path
         start: The folder of the adapter to go on from, if any.
 
     Raises:
-        UserError: If `lora.target_modules` matches no layer.
+        UserError: If `lora.target_modules` matches no layer, or the output layer would be quantised.
     """
     from transformers import AutoModelForCausalLM
 
@@ -150,7 +150,8 @@ def build_twin(config: Config, structure: Any, precision: Precision, start: Path
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(structure, dtype=dtype, trust_remote_code=model.trust_remote_code)
         base.name_or_path = base.config._name_or_path = model.pretrained_model_name_or_path  # as PEFT has it noted
-        quantised = frozenset(linear_layers(base) if config.quant.target else ())
+        kept = (config.quant.model_extra or {}).get("llm_int8_skip_modules")
+        quantised = frozenset(quantised_layers(base, kept) if config.quant.target else ())
         policy = _adapted(base, config, start)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(policy, mode)

@@ -23,6 +23,10 @@ multiplies each output by a rounded number, so that they do not cancel. Measured
 LEAST_SIZE = 30.0
 """Nats below which rounding no longer follows the log-probability: logits have such a size."""
 
+LEAST_NOISE = 1e-3
+"""Nats that two computations of an answer may lie apart however short it is: rounding grows with the layers of a model,
+and the largest of a step with its pairs. Measured in float32 with 30 layers and 256 pairs: 5e-5."""
+
 SIDES = ("chosen", "rejected")
 LOGGED = ("logps", "rewards")
 
@@ -128,6 +132,8 @@ class TokenizedDPOTrainer(_Adjusted, CarriedTotals, DPOTrainer):  # type: ignore
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """Remember what the policy computes before the first step, where the reference is known by row."""
+        if self.state.global_step:
+            self._first.clear()  # of a run that never asks for the difference
         if self.state.global_step or not self.precompute_ref_logps or not self.model.training:
             return super()._compute_loss(model, inputs, return_outputs)
 
@@ -153,7 +159,7 @@ class TokenizedDPOTrainer(_Adjusted, CarriedTotals, DPOTrainer):  # type: ignore
         rounding, exact = self._rounding(), torch.finfo(torch.float32).eps
         scales = rounding > exact and any(each.use_dora for each in self.model.peft_config.values())
         errors = SUM_NOISE * exact + (SCALE_NOISE if scales else TOKEN_NOISE) * rounding
-        noise = errors * self.beta * logps.abs().clamp(min=LEAST_SIZE)
+        noise = self.beta * (errors * logps.abs().clamp(min=LEAST_SIZE) + LEAST_NOISE)
         rewards = self.beta * ratios
         if bool((rewards.abs() <= noise).all()) or self._computes_at_random(batch):
             return None

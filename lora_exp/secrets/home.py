@@ -71,9 +71,13 @@ def wandb_settings() -> Path:
 
 
 def wandb_settings_here() -> Path:
-    """Return W&B's settings of the working folder (`sdk/wandb_settings.py` of 0.31), whether or not they are there."""
-    root = _expanded(os.environ.get(WANDB_HERE) or "")
-    return root / (".wandb" if os.path.lexists(root / ".wandb") else "wandb") / "settings"
+    """Return W&B's settings of the working folder (`sdk/wandb_setup.py` of 0.31), whether or not they are there.
+
+    They are read before WANDB_DIR is looked at. Once hidden they are the empty file.
+    """
+    if os.environ.get(WANDB_HERE) == os.devnull:
+        return Path(os.devnull)
+    return Path(".wandb" if os.path.exists(".wandb") else "wandb") / "settings"  # noqa: PTH110 - raises nothing
 
 
 def _expanded(path: str) -> Path:

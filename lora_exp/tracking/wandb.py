@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import chdir, nullcontext
@@ -170,11 +169,11 @@ class Wandb(Tracker):
 def set_up(wandb: Any) -> None:
     """Start W&B in this process, silently: a login speaks before there is a run.
 
-    It reads its settings of the working folder whatever a variable says (`sdk/wandb_setup.py` of 0.31), so it starts in
-    another folder where they cannot be read.
+    It reads its settings of the working folder whatever a variable says (`sdk/wandb_setup.py` of 0.31). Where they
+    cannot be read it starts in another folder, one that no other user can write to: settings name the server.
     """
     hidden = os.environ.get(WANDB_HERE) == os.devnull
-    with chdir(tempfile.gettempdir()) if hidden else nullcontext():
+    with chdir(Path(os.devnull).parent) if hidden else nullcontext():
         wandb.setup(wandb.Settings(silent=True))
 
 

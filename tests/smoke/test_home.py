@@ -84,3 +84,54 @@ def test_help_and_errors_of_the_config_say_nothing_of_it(home: Path, tmp_path: P
         done = lora_exp(home, tmp_path, "lora_exp", *arguments)
         assert "Traceback" not in done.stderr
         assert "netrc" not in done.stdout + done.stderr
+
+
+SETTINGS = """
+import wandb
+from lora_exp.secrets.home import hide_unreadable_files
+from lora_exp.tracking.wandb import set_up
+print(hide_unreadable_files())
+set_up(wandb)
+print(wandb.setup().settings.entity)
+"""
+
+
+def settings_found(home: Path, cwd: Path, **environment: str) -> list[str]:
+    """Return the notes and the entity that W&B has from its settings."""
+    given = {name: value for name, value in os.environ.items() if name not in WITHOUT}
+    told = subprocess.run(
+        [sys.executable, "-c", SETTINGS],
+        cwd=cwd,
+        env={**given, "HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return told.stdout.splitlines()
+
+
+def settings_in(folder: Path, entity: bytes) -> None:
+    (folder / "wandb").mkdir(parents=True)
+    (folder / "wandb" / "settings").write_bytes(b"[default]\nentity = " + entity + b"\n")
+
+
+def test_settings_that_another_user_may_have_planted_are_not_read_instead(tmp_path: Path) -> None:
+    """Anybody can write to the folder of temporary files, and settings name the server that gets the key."""
+    settings_in(tmp_path / "here", b"andr\xe9")
+    settings_in(tmp_path / "tmp", b"planted")
+    found = settings_found(tmp_path, tmp_path / "here", TMPDIR=str(tmp_path / "tmp"))
+    assert found == [f"['{NOTE_HERE}']", "None"]
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "found"),
+    [(b"andr\xe9", b"other", [f"['{NOTE_HERE}']", "None"]), (b"me", b"andr\xe9", ["[]", "me"])],
+)
+def test_settings_are_looked_for_where_wandb_reads_them(
+    tmp_path: Path, here: bytes, there: bytes, found: list[str]
+) -> None:
+    """W&B reads those of the working folder before it looks at WANDB_DIR."""
+    settings_in(tmp_path / "here", here)
+    settings_in(tmp_path / "there", there)
+    assert settings_found(tmp_path, tmp_path / "here", WANDB_DIR=str(tmp_path / "there")) == found

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_exp.errors import UserError
 from lora_exp.recipes.trl import give_back
 from tests.engines import (
     ALL_AT_ONCE,
@@ -24,7 +25,7 @@ from tests.engines import (
     told,
     write_rows,
 )
-from tests.runs import build_trainer, run_in
+from tests.runs import build_trainer, load_policy, run_in
 
 QUANTS = ("none", "8bit", "4bit")
 RECIPES = ("sft", "dpo")
@@ -205,3 +206,15 @@ def test_a_float32_base_is_packed_in_a_bf16_run(tmp_path: Path, recipe: str) -> 
         losses[engine] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses["packed"]) == 3
     assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-2)
+
+
+@pytest.mark.parametrize("quant", ["8bit", "4bit"])
+def test_layers_are_kept_whole_but_the_output_layer_always(tmp_path: Path, quant: str) -> None:
+    short = ["tracker=none", "recipe=sft", f"quant={quant}", "trainer.max_steps=1", "samples.num_prompts=0"]
+    with pytest.raises(UserError, match=r"\+quant\.llm_int8_skip_modules=\[lm_head,q_proj\]"):
+        run_in(tmp_path / "refused", [*short, "+quant.llm_int8_skip_modules=[q_proj]"])
+    run = run_in(tmp_path / "run", [*short, "+quant.llm_int8_skip_modules=[lm_head,q_proj]"])
+    policy, _ = load_policy(run.folder, str(run.folder))
+    kinds = {name.split(".")[-2]: type(part) for name, part in policy.model.named_modules() if "base_layer" in name}
+    assert kinds["q_proj"] is torch.nn.Linear
+    assert kinds["k_proj"] is not torch.nn.Linear

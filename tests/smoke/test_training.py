@@ -146,18 +146,19 @@ def test_every_trainer_for_a_processor_trains(finished: Finished, recipe: str, q
     assert all(gradient > 0 for gradient in gradients)
 
 
+DEMO_SFT = ("recipe=sft", "experiment=demo_sft", "trainer.num_train_epochs=2", "samples.num_prompts=0")
+DEMO_DPO = ("recipe=dpo", "experiment=demo_dpo", "trainer.num_train_epochs=2", "samples.num_prompts=0")
+
+
 def test_sft_learns(finished: Finished) -> None:
-    run = finished("recipe=sft", "experiment=demo_sft", "samples.num_prompts=0")
+    run = finished(*DEMO_SFT)
     before, after = run.results.first_evaluation["eval_loss"], run.results.metrics["eval_loss"]
     assert after < 0.75 * before, f"the loss on unseen rows fell from {before:.2f} to {after:.2f} only"
 
 
 def test_dpo_on_top_of_sft_learns_to_prefer(finished: Finished) -> None:
-    start = finished("recipe=sft", "experiment=demo_sft", "samples.num_prompts=0")
-    run = finished(
-        "recipe=dpo", "experiment=demo_dpo", f"model.adapter={start.folder}", "trainer.logging_steps=5",
-        "samples.num_prompts=0",
-    )  # fmt: skip
+    start = finished(*DEMO_SFT)
+    run = finished(*DEMO_DPO, f"model.adapter={start.folder}", "trainer.logging_steps=5")
     last = [line["rewards/accuracies"] for line in run.results.steps if "rewards/accuracies" in line][-6:]
     assert sum(last) / len(last) > 0.9, "training pairs"
     assert run.results.metrics["eval_rewards/accuracies"] > 0.5 + 0.2, "pairs it has not seen"

@@ -134,7 +134,8 @@ def test_settings_of_wandb_in_the_working_folder_are_left_out_too(
     monkeypatch.chdir(home)
     write(home / folder / "settings", b"[default]\nentity = \xe9")
     assert hide_unreadable_files() == [f"{folder}/settings is left out: it is not UTF-8 text (line 2)"]
-    assert not wandb_settings_here().exists()
+    assert wandb_settings_here().read_text() == ""
+    assert hide_unreadable_files() == [], "said once"
 
 
 @given(content=st.binary() | st.text().map(str.encode))

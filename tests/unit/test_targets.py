@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_exp.errors import UserError
-from lora_exp.models.targets import choose_targets, linear_layers, uses_conv1d
+from lora_exp.models.targets import choose_targets, linear_layers, quantised_layers, uses_conv1d
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 GPT2 = {"c_attn", "c_proj", "c_fc"}
@@ -159,3 +159,22 @@ def test_an_expression_that_is_none_is_refused(build: Build) -> None:
 
 def test_an_empty_list_is_refused(build: Build) -> None:
     assert refusal(build("llama"), []).problems
+
+
+def test_layers_that_are_kept_whole_are_not_counted_as_quantised(build: Build) -> None:
+    model = build("llama")
+    assert quantised_layers(model, None) == linear_layers(model)
+    kept = quantised_layers(model, ["lm_head", "q_proj"])
+    assert set(linear_layers(model)) - set(kept) == {"model.layers.0.self_attn.q_proj"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_the_output_layer_is_not_quantised(build: Build, model_type: str, tied: bool) -> None:
+    model = build(model_type, tie_word_embeddings=tied)
+    with pytest.raises(UserError) as caught:
+        quantised_layers(model, ["q_proj"])
+    (problem,) = caught.value.problems
+    assert "lm_head" in problem.what
+    assert problem.mend == "+quant.llm_int8_skip_modules=[lm_head,q_proj]"
+    assert quantised_layers(model, ["lm_head", "q_proj"])
