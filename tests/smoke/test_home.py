@@ -18,9 +18,13 @@ WITHOUT = ("WANDB_DIR", "NETRC", "HF_HOME", "HF_TOKEN_PATH", "WANDB_API_KEY", "W
 
 
 def lora_exp(home: Path, cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return python(home, cwd, "-m", *arguments, **environment)
+
+
+def python(home: Path, cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     given = {name: value for name, value in os.environ.items() if name not in WITHOUT}
     return subprocess.run(
-        [sys.executable, "-m", *arguments],
+        [sys.executable, *arguments],
         cwd=cwd,
         env={**given, "HOME": str(home), **environment},
         capture_output=True,
@@ -98,17 +102,9 @@ print(wandb.setup().settings.entity)
 
 def settings_found(home: Path, cwd: Path, **environment: str) -> list[str]:
     """Return the notes and the entity that W&B has from its settings."""
-    given = {name: value for name, value in os.environ.items() if name not in WITHOUT}
-    told = subprocess.run(
-        [sys.executable, "-c", SETTINGS],
-        cwd=cwd,
-        env={**given, "HOME": str(home), **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    return told.stdout.splitlines()
+    done = python(home, cwd, "-c", SETTINGS, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def settings_in(folder: Path, entity: bytes) -> None:
