@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -78,6 +79,17 @@ class ModelConfig(Section):
     embedded: dict[str, Any] | None = None
 
 
+def _layer_patterns(value: Any) -> Any:
+    if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
+        raise ValueError("names of layers, such as [lm_head,q_proj]")
+    for each in value:
+        try:
+            re.compile(f"(?:{each})")  # as transformers puts it into its own
+        except re.error as error:
+            raise ValueError(f"names or regular expressions; {each!r} is none: {error}") from error
+    return value
+
+
 class QuantConfig(Section):
     """conf/quant: the arguments of transformers.BitsAndBytesConfig, or nothing."""
 
@@ -94,6 +106,7 @@ class QuantConfig(Section):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     bnb_4bit_use_double_quant: bool = False
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    llm_int8_skip_modules: Annotated[list[str], BeforeValidator(_layer_patterns)] | None = None
 
     unused = tuple(
         Rule(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from lora_exp.errors import Problem, UserError
 from lora_exp.library_fields import nearest
+
+PLAIN = re.compile(r"[A-Za-z_][\w.*/+?-]*")
+"""What Hydra's grammar takes in a list without quotes."""
 
 
 def linear_layers(model: Any) -> list[str]:
@@ -32,17 +36,40 @@ def quantised_layers(model: Any, kept: Sequence[str] | None) -> list[str]:
         kept: `quant.llm_int8_skip_modules`, for 4 bits too. It replaces transformers' own list, which is the head.
 
     Raises:
-        UserError: If the head is among them: both engines multiply with its weight as it is stored.
+        UserError: If the head is among them: both engines multiply with its weight as it is stored. If nothing is among
+            them, or a pattern keeps no layer whole.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
+    layers = linear_layers(model)
+    if kept is None:
+        return layers
     head = _head(model)
-    if kept is not None and head and should_convert_module(head, list(kept)):
-        names = ",".join([head, *kept])
+    problems = [
+        _no_such_layer("quant.llm_int8_skip_modules", each, _endings([*layers, head]))
+        for each in kept
+        if all(should_convert_module(name, [each]) for name in [*layers, head])
+    ]
+    if head and should_convert_module(head, list(kept)):
         what = f"leaves out {head}, the output layer, which cannot be quantised"
-        mend = f"+quant.llm_int8_skip_modules=[{names}]"
-        raise UserError("the model cannot be quantised so", [Problem("quant.llm_int8_skip_modules", what, mend)])
-    return [name for name in linear_layers(model) if should_convert_module(name, kept)]
+        names = ",".join(each if PLAIN.fullmatch(each) else _quoted(each) for each in [head, *kept])
+        mend = shlex.quote(f"+quant.llm_int8_skip_modules=[{names}]")
+        problems.append(Problem("quant.llm_int8_skip_modules", what, mend))
+    quantised = [name for name in layers if should_convert_module(name, list(kept))]
+    if not quantised:
+        problems.append(Problem("quant.llm_int8_skip_modules", "leaves no layer to quantise", "quant=none"))
+    if problems:
+        raise UserError("the model cannot be quantised so", problems)
+    return quantised
+
+
+def _quoted(text: str) -> str:
+    """Return a text as Hydra's grammar has it, which takes every other sign in it as it is."""
+    return '"' + text.replace('"', r"\"") + '"'
+
+
+def _endings(layers: Sequence[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in layers} - {""})
 
 
 def _head(model: Any) -> str:
@@ -70,7 +97,7 @@ def choose_targets(model: Any, wanted: Sequence[str] | str) -> list[str]:
         UserError: If a name or the expression matches no layer; the message lists the names there are.
     """
     layers = linear_layers(model)
-    endings = sorted({name.rpartition(".")[2] for name in layers})
+    endings = _endings(layers)
     if wanted == "auto":
         return layers if _head(model).rpartition(".")[2] in endings else endings
     if not wanted:
@@ -86,7 +113,9 @@ def choose_targets(model: Any, wanted: Sequence[str] | str) -> list[str]:
         matched = list(wanted)
         unmatched = [want for want in wanted if not any(_means(want, name) for name in layers)]
     if unmatched:
-        raise UserError("there is nothing to adapt", [_no_such_layer(want, endings) for want in unmatched])
+        raise UserError(
+            "there is nothing to adapt", [_no_such_layer("lora.target_modules", want, endings) for want in unmatched]
+        )
     return matched
 
 
@@ -95,7 +124,7 @@ def _means(want: str, name: str) -> bool:
     return name == want or name.endswith(f".{want}")
 
 
-def _no_such_layer(want: str, endings: list[str]) -> Problem:
+def _no_such_layer(key: str, want: str, endings: list[str]) -> Problem:
     near = nearest(want, endings)
     mend = f"this model has {', '.join(endings)}" + (f"; did you mean {near}?" if near else "")
-    return Problem("lora.target_modules", f"{want!r} matches no layer", mend)
+    return Problem(key, f"{want!r} matches no layer", mend)

@@ -140,7 +140,7 @@ def build_twin(config: Config, structure: Any, precision: Precision, start: Path
         start: The folder of the adapter to go on from, if any.
 
     Raises:
-        UserError: If `lora.target_modules` matches no layer, or the output layer would be quantised.
+        UserError: If `lora.target_modules` matches no layer, or the layers to quantise are not to be had.
     """
     from transformers import AutoModelForCausalLM
 
@@ -150,7 +150,7 @@ def build_twin(config: Config, structure: Any, precision: Precision, start: Path
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(structure, dtype=dtype, trust_remote_code=model.trust_remote_code)
         base.name_or_path = base.config._name_or_path = model.pretrained_model_name_or_path  # as PEFT has it noted
-        kept = (config.quant.model_extra or {}).get("llm_int8_skip_modules")
+        kept = config.quant.llm_int8_skip_modules
         quantised = frozenset(quantised_layers(base, kept) if config.quant.target else ())
         policy = _adapted(base, config, start)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -163,9 +163,13 @@ class TokenizedDPOTrainer(_Adjusted, CarriedTotals, DPOTrainer):  # type: ignore
         rewards = self.beta * ratios
         if bool((rewards.abs() <= noise).all()) or self._computes_at_random(batch):
             return None
-        worst = (rewards.abs() / noise).argmax(dim=1)
-        found = ", ".join(f"{side} {rewards[number, worst[number]]:.2g}" for number, side in enumerate(SIDES))
-        return f"{found} in step 1, and 0 within {noise.max():.1g} is due: the adapter has not moved yet"
+        # Both of one pair: the one that is furthest beyond what rounding explains.
+        worst = int((rewards.abs() / noise).amax(dim=0).argmax())
+        found = ", ".join(
+            f"{side} {reward:.2g}" for side, reward in zip(SIDES, rewards[:, worst].tolist(), strict=True)
+        )
+        due = noise[:, worst].min()
+        return f"{found} in step 1, and 0 within {due:.1g} is due: the adapter has not moved yet"
 
     def _by_row(self, first: list[tuple[dict[str, Any], torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log-probabilities and log-ratios [2, N] of the step's pairs, chosen and rejected."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lora_exp.errors import UserError
 from lora_exp.models.targets import choose_targets, linear_layers, quantised_layers, uses_conv1d
@@ -169,12 +171,40 @@ def test_layers_that_are_kept_whole_are_not_counted_as_quantised(build: Build) -
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
-def test_the_output_layer_is_not_quantised(build: Build, model_type: str, tied: bool) -> None:
+@pytest.mark.parametrize(("model_type", "layer"), [("llama", "q_proj"), ("gpt_neox", "dense")])
+def test_the_output_layer_is_not_quantised(build: Build, model_type: str, layer: str, tied: bool) -> None:
     model = build(model_type, tie_word_embeddings=tied)
     with pytest.raises(UserError) as caught:
-        quantised_layers(model, ["q_proj"])
+        quantised_layers(model, [layer])
     (problem,) = caught.value.problems
     assert "lm_head" in problem.what
-    assert problem.mend == "+quant.llm_int8_skip_modules=[lm_head,q_proj]"
-    assert quantised_layers(model, ["lm_head", "q_proj"])
+    assert problem.mend == f"'+quant.llm_int8_skip_modules=[lm_head,{layer}]'"
+    assert quantised_layers(model, ["lm_head", layer])
+
+
+@pytest.mark.parametrize(
+    "kept", [["model.layers.[0-9]+.mlp"], ["v_proj", "q_proj|k_proj"], [r"model\.layers.0", '(?:"|model).*up_proj']]
+)
+def test_a_list_without_the_output_layer_comes_back_whole(build: Build, kept: list[str]) -> None:
+    model = build("llama")
+    with pytest.raises(UserError) as caught:
+        quantised_layers(model, kept)
+    (problem,) = (each for each in caught.value.problems if "output layer" in each.what)
+    (override,) = OverridesParser.create().parse_overrides(shlex.split(problem.mend))
+    assert override.value() == ["lm_head", *kept]
+
+
+def test_a_name_that_keeps_no_layer_whole_is_refused(build: Build) -> None:
+    with pytest.raises(UserError) as caught:
+        quantised_layers(build("llama"), ["lm_head", "q_prj", "layers.7"])
+    first, second = caught.value.problems
+    assert first.what == "'q_prj' matches no layer"
+    assert "did you mean q_proj?" in first.mend
+    assert second.what == "'layers.7' matches no layer"
+
+
+def test_a_list_that_leaves_nothing_to_quantise_is_refused(build: Build) -> None:
+    with pytest.raises(UserError) as caught:
+        quantised_layers(build("llama"), [".*"])
+    (problem,) = caught.value.problems
+    assert problem.mend == "quant=none"
