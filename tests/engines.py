@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import random
-import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +17,6 @@ from lora_exp.engine.training import PackedTraining
 from lora_exp.reports import console
 from tests.runs import build_trainer
 
-Row = dict[str, str]
 Batch = dict[str, torch.Tensor]
 
 ENGINES = ("padded", "packed")
@@ -34,64 +30,11 @@ SOME_AT_A_TIME = 90
 """A budget of an example or two of `pairs`."""
 ALL_AT_ONCE = 100_000
 
-VALIDATION = 3
-"""Rows at the end that are for evaluation."""
-
 FEW = [
     "tracker=none", "trainer.bf16=false", "data=splits", "data.chat_template=false", "recipe.max_length=256",
     "lora.r=4", "lora.lora_alpha=8", "lora.lora_dropout=0.0", "trainer.warmup_steps=0", "trainer.max_grad_norm=0.0",
 ]  # fmt: skip
 """A run on few short rows, whose gradients nothing clips."""
-
-SMALL = [
-    f"model.embedded.config.{key}"
-    for key in ("hidden_size=32", "intermediate_size=48", "num_attention_heads=4", "num_key_value_heads=2")
-]
-
-
-SYSTEM = "you are a helpful assistant."
-
-
-def pairs(number: int = 13) -> list[Row]:
-    """Return preference rows of 1 to 40 tokens an answer; some answers start alike, up to the last token.
-
-    Every third prompt starts with the same text.
-    Between one row and the next lie up to a hundred tokens, so a padded batch is mostly padding.
-    """
-    draw = random.Random(0)
-
-    def text(longest: int) -> str:
-        return "".join(draw.choices(string.ascii_lowercase + " ", k=draw.randint(1, longest)))
-
-    rows = []
-    for index in range(number):
-        prompt, chosen, rejected = text(60), text(40), text(40)
-        if index % 3 == 0:
-            prompt = f"{SYSTEM} {prompt}"
-        if index % 4 == 1:
-            rejected = chosen[:-1] + "!"
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return rows
-
-
-def write_rows(folder: Path, rows: Sequence[Row]) -> list[str]:
-    """Write preference rows, and the same as rows to imitate; return the overrides that read either."""
-    folder.mkdir(parents=True, exist_ok=True)
-    records = [
-        {
-            "id": f"row-{index}",
-            "schema_version": "1.0",
-            "inputs": {"question": row["prompt"]},
-            "outputs": {"answer": row["chosen"]},
-            "meta": {"source": "tests", "timestamp": "2026-01-05T08:11:00Z", "tags": ["tests"]},
-        }
-        for index, row in enumerate(rows)
-    ]
-    for kind, lines in (("dpo.jsonl", rows), ("jsonl", records)):
-        for split in ("train", "val"):
-            part = lines[:-VALIDATION] if split == "train" else lines[-VALIDATION:]
-            (folder / f"{split}.{kind}").write_text("".join(json.dumps(line) + "\n" for line in part))
-    return [f"data.splits_dir={folder}"]
 
 
 @contextmanager

@@ -26,6 +26,8 @@ class Totals(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.trainer = trainer
         self.seconds_before = 0.0
         self.began = time.time()
+        self.began_at = 0
+        """The step of the checkpoint that the run goes on from."""
         self.due: list[str] = []
         """What the step of the checkpoint has not got to: `evaluation`, and `save` where one was to follow."""
         self.ended: dict[str, Any] | None = None
@@ -55,6 +57,7 @@ class Totals(TrainerCallback, ExportableState):  # type: ignore[misc]
         if state.global_step == 0:
             return
         args.eval_on_start = False  # its start is behind it
+        self.began_at = state.global_step
         sums = state.stateful_callbacks[type(self).__name__]["attributes"]
         trainer = self.trainer
         self.seconds_before = sums["seconds"]
@@ -83,10 +86,11 @@ class CarriedTotals:
             super()._run_epoch(**epoch)  # type: ignore[misc]
             return
         self.control.should_training_stop = True  # type: ignore[attr-defined]
-        if "eval_loss" in state.log_history[-1]:
-            self.model.eval()  # type: ignore[attr-defined]  # as the evaluation left it; TRL's log asks
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Take the time of all parts of the run, as the steps are those of all parts."""
+        state = self.state  # type: ignore[attr-defined]
+        if state.global_step == self.totals.began_at and "eval_loss" in state.log_history[-1]:
+            self.model.eval()  # type: ignore[attr-defined]  # as the evaluation left it; TRL's log asks
         start = start_time - self.totals.seconds_before
         return super()._finalize_training(trial, num_train_samples, start)  # type: ignore[misc]

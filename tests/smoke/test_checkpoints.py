@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from lora_exp.errors import UserError
 from lora_exp.training.integrity import damage
+from tests.few import ROWS
 from tests.runs import run_in
 
-QUICK = ["tracker=none", "recipe=sft", "samples.num_prompts=0", "recipe.max_length=128", "trainer.logging_steps=1"]
+QUICK = ["tracker=none", "recipe=sft", "samples.num_prompts=0", "trainer.logging_steps=1", *ROWS]
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -46,7 +47,7 @@ def test_the_run_ends_with_the_best_checkpoint_not_the_last(tmp_path: Path) -> N
 
 
 def test_the_checkpoint_of_an_epochs_last_step_holds_the_epochs_evaluation(tmp_path: Path) -> None:
-    schedule = ["trainer.eval_strategy=epoch", "trainer.save_strategy=steps", "trainer.save_steps=10"]
+    schedule = ["trainer.eval_strategy=epoch", "trainer.save_strategy=steps", "trainer.save_steps=3"]
     run = run_in(tmp_path / "run", [*QUICK, *schedule, "trainer.num_train_epochs=2", "trainer.save_total_limit=null"])
     evaluated = [line["step"] for line in run.results.steps if "eval_loss" in line and line["step"]]
     saved = {int(path.name.partition("-")[2]): path for path in (run.folder / "checkpoints").iterdir()}
@@ -76,6 +77,18 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path: Path) -> None:
     ]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[1]] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("steps", [6, 5], ids=["at the end of an epoch", "within one"])
+def test_a_run_resumed_after_its_last_step_has_the_summary_of_the_whole_one(tmp_path: Path, steps: int) -> None:
+    """TRL adds its means to the summary where no evaluation came last."""
+    schedule = [f"trainer.max_steps={steps}", "trainer.save_strategy=steps", "trainer.save_steps=1"]
+    schedule += ["trainer.eval_strategy=steps", f"trainer.eval_steps={steps}", "trainer.logging_steps=10"]
+    whole = run_in(tmp_path / "run", [*QUICK, *schedule])
+    shutil.rmtree(whole.folder / "adapter")
+    resumed = run_in(whole.folder, [*QUICK, *schedule, f"resume={whole.folder}"])
+    summaries = [next(line for line in run.results.steps if "train_loss" in line) for run in (whole, resumed)]
+    assert summaries[0].keys() == summaries[1].keys()
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(

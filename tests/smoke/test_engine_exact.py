@@ -31,22 +31,18 @@ from tests.engines import (
     FEW,
     PAIR_AT_A_TIME,
     REFERENCE,
-    SMALL,
     SOME_AT_A_TIME,
-    SYSTEM,
     Engines,
-    Row,
     Step,
     adapter,
     batches,
     build_engines,
     distance,
     disturb,
-    pairs,
     step,
     told,
-    write_rows,
 )
+from tests.few import SMALL, SYSTEM, Row, pairs, write_rows
 from tests.runs import build_trainer
 
 

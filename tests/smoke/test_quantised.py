@@ -17,14 +17,12 @@ from tests.engines import (
     ENGINES,
     FEW,
     PAIR_AT_A_TIME,
-    SMALL,
     Engines,
     build_engines,
     distance,
-    pairs,
     told,
-    write_rows,
 )
+from tests.few import SMALL, pairs, write_rows
 from tests.runs import build_trainer, load_policy, run_in
 
 QUANTS = ("none", "8bit", "4bit")

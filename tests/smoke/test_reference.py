@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.few import ROWS
 from tests.runs import Finished, build_trainer
 
-SFT = ("recipe=sft", "trainer.max_steps=4", "trainer.learning_rate=1e-2", "samples.num_prompts=0")
+SFT = ("recipe=sft", "trainer.max_steps=4", "trainer.learning_rate=1e-2", "samples.num_prompts=0", *ROWS)
 CASES = [
     ("new adapter", ()),
     ("new adapter", ("quant=8bit",)),
@@ -30,7 +31,15 @@ def trainer(request: pytest.FixtureRequest, finished: Finished, tmp_path: Path) 
 def overrides_of(case: tuple[str, tuple[str, ...]], finished: Finished) -> list[str]:
     start, overrides = case
     adapter = [f"model.adapter={finished(*SFT).folder}"] if start == "trained adapter" else []
-    return ["recipe=dpo", "tracker=none", "trainer.learning_rate=1e-2", "trainer.max_steps=3", *adapter, *overrides]
+    return [
+        "recipe=dpo",
+        "tracker=none",
+        "trainer.learning_rate=1e-2",
+        "trainer.max_steps=3",
+        *ROWS,
+        *adapter,
+        *overrides,
+    ]
 
 
 def reference_logps(trainer: Any) -> torch.Tensor:
@@ -72,7 +81,7 @@ def test_there_is_one_base(trainer: Any) -> None:
 
 def test_a_pissa_reference_is_the_model_that_one_started_from(tmp_path: Path) -> None:
     """With its adapter off a PiSSA base lacks what the adapter took; the start adapter has it."""
-    overrides = ["recipe=dpo", "tracker=none", "trainer.bf16=false"]
+    overrides = ["recipe=dpo", "tracker=none", "trainer.bf16=false", *ROWS]
     plain = build_trainer(tmp_path / "plain", overrides)
     pissa = build_trainer(tmp_path / "pissa", [*overrides, "lora=pissa"])
     torch.testing.assert_close(reference_logps(pissa), reference_logps(plain), rtol=1e-4, atol=1e-3)

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lora_exp.reports.differences import ADAPTER, outcome
 from lora_exp.reproduce import RECORD, reproduce
 from lora_exp.run import Launch, run
 from tests.conftest import HEAVY
+from tests.few import pairs, write_rows
 from tests.runs import Finished, FinishedRun, composed, load_policy, run_in
 from tests.smoke.test_training import QUANTS, RECIPES, SHORT
 
@@ -111,8 +111,7 @@ def test_an_operation_without_such_an_algorithm_is_told_with_its_mend(tmp_path: 
 @pytest.fixture
 def original(tmp_path: Path) -> FinishedRun:
     """A short run on rows that can be changed."""
-    shutil.copytree(str(files("lora_exp.data").joinpath("sample")), tmp_path / "rows")
-    return run_in(tmp_path / "run", [*QUICK, "data=splits", f"data.splits_dir={tmp_path / 'rows'}"])
+    return run_in(tmp_path / "run", [*QUICK, "data=splits", *write_rows(tmp_path / "rows", pairs(27))])
 
 
 def command(*arguments: Any, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
@@ -164,7 +163,7 @@ def test_changed_data_are_an_error_at_once_and_anyway_a_comparison(
     original: FinishedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows" / "train.jsonl"
-    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:100]))
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:20]))
     refused = command("lora_exp.reproduce", original.folder, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert refused.returncode == 2
     assert f"{rows}: is not what it was" in refused.stderr

@@ -22,6 +22,7 @@ from lora_exp.config import CONF_DIR
 from lora_exp.errors import UserError
 from lora_exp.models.embedded import build
 from lora_exp.training.integrity import seal
+from tests.few import ROWS
 from tests.forked import ForkServer
 from tests.runs import Finished, composed, run_in
 from tests.smoke.test_training import SHORT
@@ -37,7 +38,8 @@ PLANTED = {
     "DATA_PASSWORD": "planted-data-password-0006",
     "DATABASE_URL": "postgres://me:planted-url-0007@host/db",
 }
-TRAINS = ["recipe.max_length=64", "samples.num_prompts=1", "samples.max_new_tokens=4", "trainer.max_steps=1"]
+BRIEF = ["samples.num_prompts=1", "samples.max_new_tokens=4", "trainer.max_steps=1"]
+TRAINS = [*BRIEF, *ROWS]
 TAKEN = ["tracker.notes='with ${oc.env:MY_SERVICE_TOKEN}'", 'tracker.tags=[a,"${oc.env:CLIENT_SECRET}"]']
 """Secrets that the config takes from the environment."""
 
@@ -100,7 +102,7 @@ def test_no_planted_secret_is_in_anything_that_a_failed_run_writes(
     lora_exp: LoraExp, tmp_path: Path, data: list[str]
 ) -> None:
     rest = ["data=hub", "data.val_split=null", "trainer.eval_strategy=no", "objective=train_loss"]
-    done = lora_exp("output_dir=run", *TRAINS, *data, *rest)
+    done = lora_exp("output_dir=run", *BRIEF, *data, *rest)
     assert done.returncode == 2, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert "me:${oc.env:DATA_PASSWORD}@" in (tmp_path / "run" / "config.yaml").read_text()
@@ -209,7 +211,7 @@ def test_rows_that_are_a_pickle_are_refused_unread(tmp_path: Path) -> None:
     (tmp_path / "rows.pkl").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
     data = ["data=hub", "data.path=pandas", f"+data.data_files.train={tmp_path / 'rows.pkl'}", "data.val_split=null"]
     with pytest.raises(UserError, match="cannot be loaded"):
-        run_in(tmp_path / "run", ["tracker=none", *TRAINS, *data, "trainer.eval_strategy=no", "objective=train_loss"])
+        run_in(tmp_path / "run", ["tracker=none", *BRIEF, *data, "trainer.eval_strategy=no", "objective=train_loss"])
     assert not (tmp_path / "trapped").exists()
 
 

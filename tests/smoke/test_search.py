@@ -12,6 +12,7 @@ import optuna
 import pytest
 import yaml
 
+from tests.few import ROWS
 from tests.forked import ForkServer
 
 SEARCH = [
@@ -23,7 +24,6 @@ SEARCH = [
     "hydra.sweeper.pruner.n_startup_trials=1",
     "trainer.learning_rate=tag(log,interval(1e-6,1e-2))",
     "lora.r=choice(4,16)",
-    "recipe.max_length=128",
     "tracker=none",
     "samples.num_prompts=0",
     "trainer.max_steps=6",
@@ -32,6 +32,7 @@ SEARCH = [
     "trainer.eval_steps=2",
     "trainer.save_strategy=steps",
     "trainer.save_steps=2",
+    *ROWS,
 ]
 
 

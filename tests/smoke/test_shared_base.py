@@ -16,10 +16,11 @@ from lora_exp.engine import support
 from lora_exp.engine.probe import Probe
 from lora_exp.models import policy as room
 from lora_exp.models.shared import SHARED_BASE
+from tests.few import ROWS
 from tests.runs import build_trainer, run_in
 
 JOB = ["tracker=none", "recipe=dpo", "trainer.max_steps=3", "samples.num_prompts=0", "recipe.max_length=128"]
-JOB += ["trainer.eval_strategy=no", "trainer.learning_rate=1e-2"]
+JOB += ["trainer.eval_strategy=no", "trainer.learning_rate=1e-2", *ROWS]
 QUANTS = ("none", "8bit", "4bit")
 
 

@@ -16,7 +16,8 @@ from lora_exp.engine.identity import LIBRARIES
 from lora_exp.engine.store import ReferenceStore, StoredModel
 from lora_exp.reports import console
 from lora_exp.store import main
-from tests.engines import FEW, pairs, write_rows
+from tests.engines import FEW
+from tests.few import pairs, write_rows
 from tests.runs import build_trainer
 
 ROWS = 13

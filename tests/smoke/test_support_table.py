@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_exp.errors import UserError
-from tests.engines import SMALL, pairs, write_rows
+from tests.few import SMALL, pairs, write_rows
 from tests.runs import Finished, FinishedRun
 from tests.support import CASES, DTYPES, QUANTS, VARIANTS, Case
 

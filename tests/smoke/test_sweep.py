@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.few import ROWS
 from tests.forked import Forked, ForkServer
 
 SWEEP = [
@@ -21,7 +22,6 @@ SWEEP = [
     "sweep.name=grid",
     "recipe=dpo",
     "recipe.beta=0.05,0.5",
-    "recipe.max_length=192",
     "sweep.seeds=2",
     "tracker=none",
     "samples.num_prompts=0",
@@ -31,6 +31,7 @@ SWEEP = [
     "trainer.eval_strategy=steps",
     "trainer.eval_steps=3",
     "trainer.learning_rate=1e-3",
+    *ROWS,
 ]
 
 
@@ -115,9 +116,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_results(start: Start, whol
 
 def test_a_finished_trial_is_not_trained_again(start: Start, whole: Path) -> None:
     before = {name: (folder / "run.json").stat().st_mtime_ns for name, folder in trials(whole).items()}
-    begin = time.monotonic()
     assert start(whole).wait() == 0
-    assert time.monotonic() - begin < 10
     assert before == {name: (folder / "run.json").stat().st_mtime_ns for name, folder in trials(whole).items()}
 
 

@@ -20,9 +20,10 @@ from lora_exp.process.start import NVML_CHECK
 from lora_exp.reports.differences import ADAPTER
 from lora_exp.reproduce import reproduce
 from lora_exp.run import Launch, run
+from tests.few import ROWS
 from tests.runs import composed, run_in
 
-RUN = ["tracker=none", "recipe=sft", "trainer.bf16=false", "samples.num_prompts=0", "trainer.eval_strategy=no"]
+RUN = ["tracker=none", "recipe=sft", "trainer.bf16=false", "samples.num_prompts=0", "trainer.eval_strategy=no", *ROWS]
 BEGAN = 8
 """Threads at first, more than cores or not. One thread gives other bits here, on an AMD EPYC with MKL 2024.2."""
 STEPS = ["trainer.max_steps=4", "trainer.save_strategy=steps", "trainer.save_steps=2"]

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from lora_exp.config import CONF_DIR
 from lora_exp.tracking.base import RunInfo
+from tests.few import ROWS
 from tests.runs import composed
 from tests.sweeps import make_sweep
 from tests.tracker_records import READERS, Record, differences, written
@@ -28,7 +29,6 @@ TRACKERS = list(READERS)
 RUN = [
     "recipe=dpo",
     "recipe.beta=0.2",
-    "recipe.max_length=128",
     "sweep.axes=[recipe.beta,lora]",
     "trainer.max_steps=3",
     "trainer.logging_steps=1",
@@ -38,6 +38,7 @@ RUN = [
     "tracker.tags=[small,tested]",
     "tracker.notes=only a test",
     "tracker.log_adapter=true",
+    *ROWS,
 ]
 ENDINGS = {
     "wandb": {"finished": 0, "failed": 1, "pruned": 0},

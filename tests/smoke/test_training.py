@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.few import ROWS
 from tests.runs import Finished, load_policy, run_in
 
-SHORT = ("trainer.max_steps=4", "trainer.logging_steps=1", "samples.num_prompts=1", "samples.max_new_tokens=4")
+SHORT = ("trainer.max_steps=4", "trainer.logging_steps=1", "samples.num_prompts=1", "samples.max_new_tokens=4", *ROWS)
 RECIPES = ("sft", "dpo")
 QUANTS = ("none", "8bit", "4bit")
 CONTRACT = (
@@ -140,7 +141,7 @@ def test_gradients_after_an_evaluation_are_those_before_it(finished: Finished) -
 @pytest.mark.parametrize("quant", ["none", "4bit"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_trainer_for_a_processor_trains(finished: Finished, recipe: str, quant: str, trainer: str) -> None:
-    run = finished(f"recipe={recipe}", f"quant={quant}", f"trainer={trainer}", "recipe.max_length=128", *SHORT)
+    run = finished(f"recipe={recipe}", f"quant={quant}", f"trainer={trainer}", *SHORT)
     gradients = [line["grad_norm"] for line in run.results.steps if "grad_norm" in line]
     assert len(gradients) == 4
     assert all(gradient > 0 for gradient in gradients)
