@@ -7,7 +7,6 @@ signal that killed it), so that several may run at a time.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import resource
@@ -16,28 +15,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-IMPORTS_WANDB = ("lora_exp.recipes.trl", "lora_exp.training.callbacks")
-
 
 def preload() -> None:
-    """Import what a run would, and compute nothing: threads do not survive a fork.
-
-    W&B is left to each command, with what imports it: it makes a folder when it is imported, and the first process that
-    ends removes it.
-    """
-    from lora_exp.quiet import import_quietly, quiet_libraries
+    """Import what a run would, and compute nothing: threads do not survive a fork."""
+    from lora_exp.quiet import quiet_libraries
 
     quiet_libraries()
-    import lora_exp.__main__
-    import lora_exp.run  # noqa: F401
-    from lora_exp.libraries import LIBRARIES
+    from lora_exp.libraries import load_libraries
 
-    for name in LIBRARIES:
-        if name not in IMPORTS_WANDB:
-            import_quietly(name)
-    assert "wandb" not in sys.modules
-    gc.collect()
-    gc.freeze()  # a command that looks for garbage would copy all of it, page by page
+    load_libraries()
+
+
+def own_wandb_folder() -> None:
+    """Give this process the folder that W&B makes when it is imported: the first process that ends removes it."""
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    MEDIA_TMP._finalizer.detach()
+    MEDIA_TMP.__init__("wandb-media")
 
 
 def command(order: dict[str, Any]) -> None:
@@ -55,6 +49,7 @@ def command(order: dict[str, Any]) -> None:
         resource.setrlimit(getattr(resource, name), (limit, limit))
     for name in order["ignored"]:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    own_wandb_folder()
     sys.argv = ["lora_exp", *order["arguments"]]
     main()
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import CONF_DIR
@@ -32,10 +36,22 @@ Finished = Callable[..., FinishedRun]
 """A function that runs some overrides, once for each set of them in a session."""
 
 
+GROUPS = {folder.name for folder in CONF_DIR.iterdir() if folder.is_dir()}
+
+
 def composed(overrides: list[str]) -> DictConfig:
+    """Compose a config; the part that the choices of options decide is composed once a process."""
+    values = [each for each in overrides if each.lstrip("+").partition("=")[0] not in GROUPS]
+    config = copy.deepcopy(_chosen(tuple(each for each in overrides if each not in values)))
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
+    return config
+
+
+@cache
+def _chosen(choices: tuple[str, ...]) -> DictConfig:
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="lora_exp"):
-        return compose("config", overrides)
+        return compose("config", list(choices))
 
 
 def run_in(folder: Path, overrides: list[str]) -> FinishedRun:

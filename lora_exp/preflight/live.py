@@ -39,7 +39,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[misc]
         self._before = before  # a storage's address is its name only while it lives
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if func is DEVICE:  # half of what is asked; no tensor comes of it
+            return args[0].device
+        func, kwargs = QUICKER.get(func, func), kwargs or {}
         # Tensors that numpy made have passed no operation before the one that takes them.
         for each in tree_leaves((args, kwargs)):
             self._note(each)
@@ -94,6 +96,12 @@ ASSUMED: dict[Any, Callable[..., Any]] = {
     aten.allclose.default: lambda *_, **__: True,
 }
 """Operations whose result depends on the data: the most that they can give."""
+
+DEVICE = torch.ops.prim.device.default
+
+QUICKER = {aten._unsafe_view.default: aten.view.default}
+"""Operations in whose place another gives a tensor of the same memory; torch remembers its shapes by those it was given
+before, and works out those of the first one anew each time."""
 
 PRODUCTS = {
     aten.mm.default,

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from lora_exp.config import CONF_DIR
 from lora_exp.errors import UserError
+from tests.few import ROWS
 from tests.runs import run_in
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -47,8 +48,8 @@ def test_it_trains(custom: tuple[str, Path], tmp_path: Path, recipe: str) -> Non
         tmp_path / "run",
         [
             f"recipe={recipe}", "model=custom", f"model.pretrained_model_name_or_path={folder}", "tracker=none",
-            "trainer.max_steps=2", "trainer.logging_steps=1", "recipe.max_length=128", "samples.num_prompts=1",
-            "samples.max_new_tokens=3",
+            "trainer.max_steps=2", "trainer.logging_steps=1", "samples.num_prompts=1", "samples.max_new_tokens=3",
+            *ROWS,
         ],
     )  # fmt: skip
     assert set(run.results.run["target_modules"]) == SHAPES[name][1]

@@ -23,12 +23,12 @@ from lora_exp.recipes.sft import with_labels
 from tests.engines import (
     ALL_AT_ONCE,
     PAIR_AT_A_TIME,
-    SMALL,
     SOME_AT_A_TIME,
     Engines,
     batches,
     build_engines,
 )
+from tests.few import SMALL
 from tests.rows import assistant, says, system, user
 from tests.runs import composed, run_in
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from tests.few import ROWS
 from tests.runs import build_trainer
 
-FLOAT64 = ["tracker=none", "trainer.bf16=false", "recipe.max_length=128"]
+FLOAT64 = ["tracker=none", "trainer.bf16=false", *ROWS]
 
 
 def wide_batch(trainer: Any) -> dict[str, torch.Tensor]:
@@ -61,7 +62,7 @@ def test_dpo_loss_is_the_formula(tmp_path: Path, loss_type: str, beta: float) ->
 
 
 def test_sft_loss_is_on_the_answer_alone(tmp_path: Path) -> None:
-    trainer = build_trainer(tmp_path, [*FLOAT64, "recipe=sft", "recipe.max_length=512"])
+    trainer = build_trainer(tmp_path, [*FLOAT64, "recipe=sft"])
     batch = wide_batch(trainer)
     ids, labels = batch["input_ids"], batch["labels"]
     with torch.no_grad():

@@ -22,7 +22,7 @@ from tests.engines import (
     distance,
     told,
 )
-from tests.few import SMALL, pairs, write_rows
+from tests.few import ROWS, SMALL, pairs, write_rows
 from tests.runs import build_trainer, load_policy, run_in
 
 QUANTS = ("none", "8bit", "4bit")
@@ -124,9 +124,8 @@ def test_an_evaluation_is_trls(build: Callable[..., Engines], quant: str) -> Non
 
 @pytest.mark.parametrize("quant", ["8bit", "4bit"])
 def test_dora_learns_on_a_quantised_base(tmp_path: Path, quant: str) -> None:
-    trainer = build_trainer(
-        tmp_path, ["recipe=dpo", "tracker=none", "trainer=cpu", f"quant={quant}", "lora=dora", "trainer.max_steps=2"]
-    )
+    run = ["recipe=dpo", "tracker=none", "trainer=cpu", f"quant={quant}", "lora=dora", "trainer.max_steps=2", *ROWS]
+    trainer = build_trainer(tmp_path, run)
     assert trainer.train().training_loss > 0
 
 
@@ -149,7 +148,7 @@ def test_adapters_are_float32_unless_a_run_computes_in_bf16(
 @pytest.mark.parametrize("quant", ["8bit", "4bit"])
 def test_an_adapter_in_float32_keeps_its_numbers_in_a_run_on_top_of_it(tmp_path: Path, quant: str) -> None:
     short = ["tracker=none", "trainer=cpu", "trainer.bf16=false", f"quant={quant}", "samples.num_prompts=0"]
-    short += ["trainer.eval_strategy=no", "trainer.max_steps=2", "recipe.max_length=64"]
+    short += ["trainer.eval_strategy=no", "trainer.max_steps=2", *ROWS]
     start = run_in(tmp_path / "sft", ["recipe=sft", "trainer.learning_rate=1e-2", *short]).folder / "adapter"
     saved = load_file(start / "adapter_model.safetensors")
     for recipe in RECIPES:
@@ -172,7 +171,7 @@ def says() -> Iterator[dict[str, str]]:
 
 def test_an_activated_adapter_is_left_to_trl(tmp_path: Path, says: dict[str, str]) -> None:
     trainer = build_trainer(
-        tmp_path, ["recipe=sft", "tracker=none", "trainer=cpu", "+lora.alora_invocation_tokens=[5,6]"]
+        tmp_path, ["recipe=sft", "tracker=none", "trainer=cpu", "+lora.alora_invocation_tokens=[5,6]", *ROWS]
     )
     assert "padded (TRL's own forward): lora.alora_invocation_tokens" in says["engine"]
     assert not hasattr(trainer, "packed_forward")
@@ -181,7 +180,7 @@ def test_an_activated_adapter_is_left_to_trl(tmp_path: Path, says: dict[str, str
 @pytest.mark.parametrize("engine", ENGINES)
 def test_biases_that_train_keep_the_dtype_of_their_base(tmp_path: Path, engine: str) -> None:
     run = ["recipe=sft", "tracker=none", "trainer=cpu", "trainer.bf16=false", "model.dtype=bfloat16", "lora.bias=all"]
-    biased = ["+model.embedded.config.attention_bias=true", "trainer.max_steps=1", f"engine={engine}"]
+    biased = ["+model.embedded.config.attention_bias=true", "trainer.max_steps=1", f"engine={engine}", *ROWS]
     trainer = build_trainer(tmp_path, [*run, *biased])
     dtypes = {
         name.rpartition(".")[2]: each.dtype for name, each in trainer.model.named_parameters() if each.requires_grad
@@ -195,7 +194,7 @@ def test_a_float32_base_is_packed_in_a_bf16_run(tmp_path: Path, recipe: str) -> 
     """Autocast narrows what a layer multiplies; the attention then has numbers of several dtypes."""
     short = [f"recipe={recipe}", "tracker=none", "trainer=cpu", "trainer.bf16=true", "model.dtype=float32"]
     short += ["trainer.max_steps=3", "trainer.learning_rate=1e-2", "trainer.warmup_steps=0", "trainer.logging_steps=1"]
-    short += ["samples.num_prompts=0", "trainer.eval_strategy=no", "trainer.save_strategy=no", "recipe.max_length=64"]
+    short += ["samples.num_prompts=0", "trainer.eval_strategy=no", "trainer.save_strategy=no", *ROWS]
     losses = {}
     for engine in ENGINES:
         trainer = build_trainer(tmp_path / engine, [*short, f"engine={engine}"])
@@ -208,7 +207,7 @@ def test_a_float32_base_is_packed_in_a_bf16_run(tmp_path: Path, recipe: str) -> 
 
 @pytest.mark.parametrize("quant", ["8bit", "4bit"])
 def test_layers_are_kept_whole_but_the_output_layer_always(tmp_path: Path, quant: str) -> None:
-    short = ["tracker=none", "recipe=sft", f"quant={quant}", "trainer.max_steps=1", "samples.num_prompts=0"]
+    short = ["tracker=none", "recipe=sft", f"quant={quant}", "trainer.max_steps=1", "samples.num_prompts=0", *ROWS]
     with pytest.raises(UserError, match=r"\+quant\.llm_int8_skip_modules=\[lm_head,q_proj\]"):
         run_in(tmp_path / "refused", [*short, "+quant.llm_int8_skip_modules=[q_proj]"])
     run = run_in(tmp_path / "run", [*short, "+quant.llm_int8_skip_modules=[lm_head,q_proj]"])

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError
 
 from lora_exp.compose import Composer
 from lora_exp.config import CONF_DIR, Config, Section
@@ -20,6 +21,7 @@ from lora_exp.library_fields import library_fields
 from lora_exp.recipes.dpo import DPO
 from lora_exp.recipes.sft import SFT
 from lora_exp.validation import check
+from tests.runs import composed
 
 FILES = sorted(CONF_DIR.rglob("*.yaml"))
 NO_CHOICE = {"model/base.yaml"}
@@ -80,6 +82,25 @@ def test_every_choice_composes_into_a_run_that_passes_the_check(overrides: list[
     config, problems = check(compose(overrides))
     assert not problems
     assert config is not None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=3", "recipe=dpo", "recipe.beta=0.3", "quant=4bit", "+lora.use_qalora=false", "lora=dora"],
+        ["experiment=demo_sft", "trainer.max_steps=2", "output_dir=here", "~trainer.optim"],
+        ["data=hub", "data.path=json", "+data.data_files.train=x.jsonl", "lora.target_modules=[q_proj]"],
+    ],
+    ids=str,
+)
+def test_the_tests_compose_as_hydra_does(overrides: list[str]) -> None:
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3", job_name="lora_exp"):
+        expected = hydra.compose("config", overrides)
+    for _ in range(2):  # what is remembered stays as it was
+        found = composed(overrides)
+        assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(expected)
+        with pytest.raises(ConfigAttributeError):
+            found.nothing = 1
 
 
 def test_every_file_of_conf_is_reached_by_a_run_above() -> None:
