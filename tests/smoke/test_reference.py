@@ -23,9 +23,10 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: " ".join([case[0], *case[1]]))
-def trainer(request: pytest.FixtureRequest, finished: Finished, tmp_path: Path) -> Any:
-    return build_trainer(tmp_path, overrides_of(request.param, finished))
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: " ".join([case[0], *case[1]]))
+def trainer(request: pytest.FixtureRequest, finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a trainer of each case; the last test that has it trains it."""
+    return build_trainer(tmp_path_factory.mktemp("run"), overrides_of(request.param, finished))
 
 
 def overrides_of(case: tuple[str, tuple[str, ...]], finished: Finished) -> list[str]:
@@ -64,19 +65,19 @@ def test_at_step_0_packed_rewards_are_0_but_for_rounding(trainer: Any) -> None:
     assert [metrics[name] for name in REWARDS] == pytest.approx([0, 0, 0], abs=1e-5)
 
 
+def test_there_is_one_base(trainer: Any) -> None:
+    """A reference costs an adapter at most, never a second copy of the base."""
+    assert trainer.ref_model is None
+    base = [name for name, _ in trainer.model.named_parameters() if "embed_tokens" in name]
+    assert len(base) == 1
+
+
 def test_training_does_not_move_the_reference(trainer: Any) -> None:
     before = reference_logps(trainer)
     trainer.train()
     assert torch.equal(reference_logps(trainer), before)
     rewards = trainer.evaluate()
     assert rewards["eval_rewards/margins"] != 0
-
-
-def test_there_is_one_base(trainer: Any) -> None:
-    """A reference costs an adapter at most, never a second copy of the base."""
-    assert trainer.ref_model is None
-    base = [name for name, _ in trainer.model.named_parameters() if "embed_tokens" in name]
-    assert len(base) == 1
 
 
 def test_a_pissa_reference_is_the_model_that_one_started_from(tmp_path: Path) -> None:
