@@ -7,13 +7,15 @@ signal that killed it), so that several may run at a time.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 def preload() -> None:
@@ -21,9 +23,16 @@ def preload() -> None:
     from lora_exp.quiet import quiet_libraries
 
     quiet_libraries()
+    import lora_exp.__main__
+    import lora_exp.run  # noqa: F401
+    from lora_exp.compose import Composer
     from lora_exp.libraries import load_libraries
+    from lora_exp.resolvers import register_resolvers
 
     load_libraries()
+    register_resolvers()
+    with Composer() as composer:  # Hydra looks for plugins once, and its parser learns
+        composer.compose(["recipe=dpo", "recipe.beta=0.1"], check_values=True)
 
 
 def own_wandb_folder() -> None:
@@ -54,6 +63,27 @@ def command(order: dict[str, Any]) -> None:
     main()
 
 
+def status_of(order: dict[str, Any]) -> int:
+    """Run a command and return the status with which it ends; what else it raises ends this process."""
+    try:
+        command(order)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)  # noqa: T201 - as Python does
+            return 1
+        return end.code or 0
+    return 0
+
+
+def leave_with(status: int) -> NoReturn:
+    """End as Python does, but without taking the libraries apart: a fork would copy all of their memory for it."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def wait_for(pid: int, status: Path) -> None:
     _, code = os.waitpid(pid, 0)
     part = status.with_suffix(".part")
@@ -78,8 +108,7 @@ def serve() -> None:
             os._exit(0)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        command(order)
-        sys.exit(0)
+        leave_with(status_of(order))
 
 
 def _answer(value: Any) -> None:
