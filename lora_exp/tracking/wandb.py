@@ -172,8 +172,9 @@ def set_up(wandb: Any) -> None:
     It reads its settings of the working folder whatever a variable says (`sdk/wandb_setup.py` of 0.31). Where they
     cannot be read it starts in another folder, one that no other user can write to: settings name the server.
     """
-    # Of a working folder that this user may not enter W&B reads nothing, and there would be no way back into it.
-    hidden = os.environ.get(WANDB_HERE) == os.devnull and os.access(".", os.X_OK)
+    hidden = os.environ.get(WANDB_HERE) == os.devnull
+    if hidden and not os.access(".", os.X_OK):
+        os.chdir(Path(os.devnull).parent)  # for good: nothing can be found from here, and there is no way back
     with chdir(Path(os.devnull).parent) if hidden else nullcontext():
         wandb.setup(wandb.Settings(silent=True))
 

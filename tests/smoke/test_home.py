@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,17 @@ def test_settings_are_looked_for_where_wandb_reads_them(
     settings_in(tmp_path / "here", here)
     settings_in(tmp_path / "there", there)
     assert settings_found(tmp_path, tmp_path / "here", WANDB_DIR=str(tmp_path / "there")) == found
+
+
+def test_a_working_folder_that_may_not_be_entered_costs_no_record(tmp_path: Path) -> None:
+    """As after `su` from a home folder of mode 700; W&B raises where it looks for its settings."""
+    if os.geteuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("only root can take its rights away from a command")
+    here, run = tmp_path / "here", tmp_path / "run"
+    here.mkdir(mode=0o700)
+    os.chown(here, 12345, -1)
+    rights = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    words = [*rights, sys.executable, "-m", "lora_exp", "tracker=wandb", "tracker.mode=offline", *TRAINS]
+    done = subprocess.run([*words, f"output_dir={run}"], cwd=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((run / "wandb").glob("offline-run-*/*.wandb")), done.stdout
