@@ -7,11 +7,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from lora_exp.errors import Problem, UserError
 from lora_exp.library_fields import nearest
-
-PLAIN = re.compile(r"[A-Za-z_][\w.*/+?-]*")
-"""What Hydra's grammar takes in a list without quotes."""
 
 
 def linear_layers(model: Any) -> list[str]:
@@ -36,8 +35,8 @@ def quantised_layers(model: Any, kept: Sequence[str] | None) -> list[str]:
         kept: `quant.llm_int8_skip_modules`, for 4 bits too. It replaces transformers' own list, which is the head.
 
     Raises:
-        UserError: If the head is among them: both engines multiply with its weight as it is stored. If nothing is among
-            them, or a pattern keeps no layer whole.
+        UserError: If the head is among them: both engines multiply with its weight as it is stored. If no layer is
+            left to quantise. If a pattern matches no layer.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -52,7 +51,7 @@ def quantised_layers(model: Any, kept: Sequence[str] | None) -> list[str]:
     ]
     if head and should_convert_module(head, list(kept)):
         what = f"leaves out {head}, the output layer, which cannot be quantised"
-        names = ",".join(each if PLAIN.fullmatch(each) else _quoted(each) for each in [head, *kept])
+        names = ",".join(QuotedString(each, Quote.double).with_quotes() for each in [head, *kept])
         mend = shlex.quote(f"+quant.llm_int8_skip_modules=[{names}]")
         problems.append(Problem("quant.llm_int8_skip_modules", what, mend))
     quantised = [name for name in layers if should_convert_module(name, list(kept))]
@@ -61,11 +60,6 @@ def quantised_layers(model: Any, kept: Sequence[str] | None) -> list[str]:
     if problems:
         raise UserError("the model cannot be quantised so", problems)
     return quantised
-
-
-def _quoted(text: str) -> str:
-    """Return a text as Hydra's grammar has it, which takes every other sign in it as it is."""
-    return '"' + text.replace('"', r"\"") + '"'
 
 
 def _endings(layers: Sequence[str]) -> list[str]:
@@ -113,9 +107,8 @@ def choose_targets(model: Any, wanted: Sequence[str] | str) -> list[str]:
         matched = list(wanted)
         unmatched = [want for want in wanted if not any(_means(want, name) for name in layers)]
     if unmatched:
-        raise UserError(
-            "there is nothing to adapt", [_no_such_layer("lora.target_modules", want, endings) for want in unmatched]
-        )
+        problems = [_no_such_layer("lora.target_modules", want, endings) for want in unmatched]
+        raise UserError("there is nothing to adapt", problems)
     return matched
 
 

@@ -140,7 +140,7 @@ def build_twin(config: Config, structure: Any, precision: Precision, start: Path
         start: The folder of the adapter to go on from, if any.
 
     Raises:
-        UserError: If `lora.target_modules` matches no layer, or the layers to quantise are not to be had.
+        UserError: If `lora.target_modules` matches no layer, or `quant.llm_int8_skip_modules` does not fit the model.
     """
     from transformers import AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import OverrideParseException
 
 from lora_exp.errors import Problem, UserError, count
@@ -164,5 +164,4 @@ def _require_consent(size: int, given: bool) -> None:
 
 def quoted(path: str) -> str:
     """Return a path as a value of Hydra's grammar."""
-    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    return QuotedString(path, Quote.single).with_quotes()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,12 +15,18 @@ from lora_exp.errors import UserError
 from lora_exp.resolvers import register_resolvers
 from lora_exp.sweeps.identity import identity_of
 from lora_exp.sweeps.names import LONGEST, safe, trial_name
-from lora_exp.sweeps.plan import SweepPlan
+from lora_exp.sweeps.plan import SweepPlan, quoted
 from lora_exp.sweeps.question import Question
 from lora_exp.sweeps.start import check_trials, start_sweep
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=4)
 configs = st.dictionaries(st.text("abc", min_size=1, max_size=3), values, max_size=6)
+
+
+@given(st.text("ab'\"\\ ,=[", max_size=8))
+def test_a_quoted_path_comes_back_from_hydras_parser(path: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([f"x={quoted(path)}"])
+    assert override.value() == path
 
 
 @pytest.fixture(autouse=True)

@@ -178,7 +178,7 @@ def test_the_output_layer_is_not_quantised(build: Build, model_type: str, layer:
         quantised_layers(model, [layer])
     (problem,) = caught.value.problems
     assert "lm_head" in problem.what
-    assert problem.mend == f"'+quant.llm_int8_skip_modules=[lm_head,{layer}]'"
+    assert problem.mend == f"""'+quant.llm_int8_skip_modules=["lm_head","{layer}"]'"""
     assert quantised_layers(model, ["lm_head", layer])
 
 
