@@ -90,7 +90,7 @@ class CarriedTotals:
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """Take the time of all parts of the run, as the steps are those of all parts."""
         state = self.state  # type: ignore[attr-defined]
-        if state.global_step == self.totals.began_at and "eval_loss" in state.log_history[-1]:
+        if 0 < self.totals.began_at == state.global_step and "eval_loss" in state.log_history[-1]:
             self.model.eval()  # type: ignore[attr-defined]  # as the evaluation left it; TRL's log asks
         start = start_time - self.totals.seconds_before
         return super()._finalize_training(trial, num_train_samples, start)  # type: ignore[misc]

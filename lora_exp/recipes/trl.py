@@ -165,10 +165,9 @@ class TokenizedDPOTrainer(_Adjusted, CarriedTotals, DPOTrainer):  # type: ignore
             return None
         # Both of one pair: the one that is furthest beyond what rounding explains.
         worst = int((rewards.abs() / noise).amax(dim=0).argmax())
-        found = ", ".join(
-            f"{side} {reward:.2g}" for side, reward in zip(SIDES, rewards[:, worst].tolist(), strict=True)
-        )
+        chosen, rejected = rewards[:, worst].tolist()
         due = noise[:, worst].min()
+        found = f"chosen {chosen:.2g}, rejected {rejected:.2g}"
         return f"{found} in step 1, and 0 within {due:.1g} is due: the adapter has not moved yet"
 
     def _by_row(self, first: list[tuple[dict[str, Any], torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

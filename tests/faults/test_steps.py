@@ -22,17 +22,18 @@ QUICK = [
     "trainer.logging_steps=1", "trainer.per_device_train_batch_size=2", "trainer.bf16=false", *ROWS,
 ]  # fmt: skip
 ENGINES = ["packed", "padded"]
+FOLDER = ROWS[-1].removeprefix("data.splits_dir=")
 
 
 def trainer_of(folder: Path, *overrides: str) -> Any:
     return build_trainer(folder, [*QUICK, *overrides])
 
 
-def named(error: UserError) -> set[int]:
-    """Return the rows that an error names, having checked that each stands at its line of the packaged file."""
+def named(error: UserError, folder: str = FOLDER) -> set[int]:
+    """Return the rows that an error names, having checked that each stands at its line of a file in this folder."""
     found = {}
     for problem in error.problems:
-        if place := re.fullmatch(r".*/(train.*\.jsonl):(\d+)", problem.where):
+        if place := re.fullmatch(re.escape(folder) + r"/(train.*\.jsonl):(\d+)", problem.where):
             found[int(problem.what.removeprefix("row "))] = int(place[2])
     assert all(line == row + 1 for row, line in found.items()), "the files have no blank lines"
     return set(found)
@@ -82,6 +83,17 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_rows(
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(after[name], each) for name, each in before.items()), "the step must not count"
     tally.survive(kind)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+def test_rows_of_a_package_are_named_by_their_package(tmp_path: Path, recipe: str) -> None:
+    folder = "pkg://lora_exp.data.sample"
+    trainer = trainer_of(tmp_path, f"recipe={recipe}", f"data.splits_dir={folder}", "trainer.max_steps=5")
+    expected = rows_of_batches(trainer, recipe)
+    spoil(trainer, 1, lambda loss: loss * float("nan"))
+    with pytest.raises(UserError, match="its loss is nan") as caught:
+        trainer.train()
+    assert named(caught.value, folder) == set(expected)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -247,6 +259,26 @@ def test_rounding_of_deep_models_is_no_fault(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.state.global_step == 3
     assert not trainer._first, "the batches of the first step are let go of"
+
+
+def test_the_difference_that_is_told_is_beyond_the_bound_that_is_told(tmp_path: Path) -> None:
+    """The bound grows with an answer's log-probability; here the shortest answer alone is wrong, by a little."""
+    all_rows = ["trainer.per_device_train_batch_size=24", "trainer.max_steps=3"]
+    trainer = trainer_of(tmp_path, *DPO, *all_rows, "trainer.bf16=true", "recipe.beta=1.0")
+    known = trainer.train_dataset["ref_chosen_logps"]
+    least = max(range(len(known)), key=lambda row: known[row])
+    moved = [value + 0.05 * (row == least) for row, value in enumerate(known)]
+    trainer.train_dataset = trainer.train_dataset.remove_columns("ref_chosen_logps").add_column(
+        "ref_chosen_logps", moved
+    )
+    with pytest.raises(UserError, match="do not start alike") as caught:
+        trainer.train()
+    told = re.search(r"chosen (\S+), rejected (\S+) in step 1, and 0 within (\S+) is due", str(caught.value))
+    assert told is not None
+    chosen, rejected, due = map(float, told.groups())
+    assert chosen == pytest.approx(-0.05, rel=0.5)
+    assert abs(chosen) > due
+    assert abs(rejected) <= due
 
 
 @pytest.mark.parametrize("dtype", ["false", "true"])
