@@ -102,43 +102,18 @@ def tokenized(overrides: list[str]) -> tuple[Any, Any, str]:
     return config, tokenize(config, RunFolder(Path(config.output_dir)), splits, files), files
 
 
-@dataclass(frozen=True)
-class AmpleMemory:
-    """A `Forecast` of a machine that has room for anything; an estimate would take as long as all the rest."""
-
-    device: Any
-    room: int = 2**50
-
-    def need(self, *_: Any) -> int:
-        return 0
-
-    def tokens_at_once(self, tokens: int | None) -> int:
-        return tokens or 0
-
-    def require(self, *_: Any) -> None:
-        return
-
-
 def build_trainer(folder: Path, overrides: list[str]) -> Any:
-    """Return the trainer that a run of these overrides would train on a machine with ample memory."""
+    """Return the trainer that a run of these overrides would train, by the corridor's own steps."""
     from lora_exp import preparation
     from lora_exp.data.load import load_splits
-    from lora_exp.libraries import load_libraries
-    from lora_exp.models.source import adapter_dir, model_files
+    from lora_exp.models.source import adapter_dir
     from lora_exp.run_folder import RunFolder
     from lora_exp.tracking.base import Guarded
-    from lora_exp.training.loop import choose_engine
     from lora_exp.validation import validate
 
-    load_libraries()
     config = validate(composed([*overrides, f"output_dir={folder}"]))
     folder.mkdir(parents=True, exist_ok=True)
-    run_folder, device = RunFolder(folder), device_of(config)
+    run_folder = RunFolder(folder)
     splits = load_splits(config.data, config.recipe.row_kind)
-    with model_files(config.model) as files:
-        data = preparation.tokenize(config, run_folder, splits, files)
-        policy = preparation._load(config, files, adapter_dir(config.model), run_folder, device)
-        engine, work = choose_engine(config, run_folder, policy, data, AmpleMemory(device))
-        identity = preparation._reference_identity(config, engine, policy, files)
-    prepared = preparation.Prepared(data, policy, engine, work, identity)
+    prepared = preparation.prepare_training(config, run_folder, splits, adapter_dir(config.model), device_of(config))
     return preparation.build_trainer(config, run_folder, prepared, Guarded(None, "none"))

@@ -31,7 +31,7 @@ COMMANDS = [
 ]
 REAL_MODEL = [command for command in COMMANDS if "smollm2" in command]
 QUICK = [command for command in COMMANDS if command not in REAL_MODEL]
-SHORT = ["trainer.max_steps=1", "samples.num_prompts=0", "tracker=none", "recipe.max_length=64"]
+SHORT = ["trainer.max_steps=1", "samples.num_prompts=0", "tracker=none"]
 SFT = ("recipe=sft", "trainer.max_steps=1", "samples.num_prompts=0")
 
 

@@ -103,10 +103,10 @@ def test_killed_at_random_moments_it_ends_in_the_same_results(start: Start, whol
         time.sleep(0.002)
     process.kill()
     process.wait()
-    for _ in range(3):
+    for _ in range(5):
         process = start(tmp_path)
         try:
-            assert process.wait(timeout=moments.uniform(0.2, 5)) == 0, (tmp_path / "log.txt").read_text()
+            assert process.wait(timeout=moments.uniform(0.2, 6)) == 0, (tmp_path / "log.txt").read_text()
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -116,7 +116,9 @@ def test_killed_at_random_moments_it_ends_in_the_same_results(start: Start, whol
 
 def test_a_finished_trial_is_not_trained_again(start: Start, whole: Path) -> None:
     before = {name: (folder / "run.json").stat().st_mtime_ns for name, folder in trials(whole).items()}
+    begin = time.monotonic()
     assert start(whole).wait() == 0
+    assert time.monotonic() - begin < 10
     assert before == {name: (folder / "run.json").stat().st_mtime_ns for name, folder in trials(whole).items()}
 
 
