@@ -68,7 +68,7 @@ class Composer:
 
         Args:
             overrides: The command line's.
-            settings: What the config says of the multirun: its own axes, which the command line goes before.
+            settings: What the config says of the multirun: its own axes, which those of the command line replace.
         """
         params = settings.params if settings else {}
         overrides = [*(f"{key}={value}" for key, value in params.items()), *overrides]

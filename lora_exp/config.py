@@ -303,7 +303,7 @@ class TrainerConfig(Section):
         Rule(
             ("trainer.num_train_epochs", "trainer.max_steps"),
             lambda _, steps: steps > 0,
-            "trainer.max_steps={1} goes before it",
+            "trainer.max_steps={1} replaces it",
             "trainer.max_steps=-1",
         ),
         Rule(

@@ -26,7 +26,7 @@ AXES = ("recipe.beta", "trainer.learning_rate", "recipe.max_length", "lora.r")
 STEP = "train/global_step"
 OBJECTIVE = "objective"
 MOST_RUNS = 100
-"""Runs that a panel draws; W&B draws 10 unless it is told."""
+"""Runs that a panel draws; W&B's default is 10."""
 
 THROUGHPUT = ("train/train_samples_per_second", "train/train_steps_per_second", "eval/samples_per_second")
 PEAK_MEMORY = "peak_memory_bytes"

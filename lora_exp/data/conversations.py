@@ -1,6 +1,6 @@
 """Rows of messages, as chat templates take them: conversations, and prompts with one answer or two.
 
-A row is checked for what templates take for granted, so that what is wrong with it is told with its line.
+The checks cover what templates require of a row. An error names the row's line.
 """
 
 from __future__ import annotations

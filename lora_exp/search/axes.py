@@ -45,7 +45,7 @@ class Axis:
 
 
 def axes_of(overrides: Iterable[Override]) -> dict[str, Axis]:
-    """Return the axes among some overrides, by key without its `+`; a later one goes before an earlier."""
+    """Return the axes among some overrides, by key without its `+`; a later one replaces an earlier one."""
     return {each.key_or_group: Axis.of(each) for each in overrides if each.is_sweep_override()}
 
 
